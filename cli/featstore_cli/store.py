@@ -1,0 +1,466 @@
+"""Commands about corpora and stores: scan extract status why use info ls plot verify rm copy export import."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import cli, display
+from .request import all_requests, extractors_of, json_option, names_option, open_store, requests_option, ways_out
+
+if TYPE_CHECKING:
+    from featstore import Feature, Plan, Report, Store, StoredUtterance
+
+STORE = click.argument("store", type=click.Path(path_type=Path))
+CORPUS = click.argument("corpus", type=click.Path(path_type=Path, exists=True))
+GRACE_H = 24.0
+
+
+@cli.command()
+@CORPUS
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="JSONL file to write.")
+@click.option("--pattern", help="Fields from each path: '{speaker}/{song}_*'.")
+@click.option("--speaker", help="Speaker of every utterance; fields are filled in.")
+@click.option("--key", help="Key of every utterance: '{speaker}/{utterance}'.")
+@click.option("--slice", "slice_s", type=float, metavar="SECONDS", help="Cut at silences into rows of 3 s to this.")
+def scan(corpus: Path, out: Path, pattern: str | None, speaker: str | None, key: str | None,
+         slice_s: float | None) -> None:
+    """List the utterances of CORPUS in a JSONL file that the other commands take.
+
+    CORPUS is a folder of recordings, a .csv or .jsonl manifest, a Kaldi data folder or a lhotse manifest.
+
+    \b
+    Example: featstore scan wavs/ -o corpus.jsonl --pattern '{speaker}/{song}_*'
+    """
+    import featstore as fs
+    from featstore.corpus import write
+
+    if not out.absolute().parent.is_dir():
+        raise click.UsageError(f"the folder {out.parent} does not exist; make it first")
+    found = fs.corpus(corpus, pattern=pattern, speaker=speaker, key=key, slice_s=slice_s)
+    write(found, out)
+    speakers = len({u.speaker for u in found if u.speaker})
+    display.say(f"{len(found):,} utterances, {speakers:,} speakers: {out}")
+    for problem in found.problems:
+        click.echo(display.visible(f"  left out: {problem.path}: {problem.reason}"), err=True)
+    if found.problems:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@CORPUS
+@STORE
+@requests_option(required=True)
+@click.option("--plan", "only_plan", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--replace", is_flag=True, help="Let names that stand for other settings stand for these.")
+@click.option("--device", default="cpu", show_default=True, help="Where encoders run: cpu, cuda, cuda:0.")
+@click.option("--workers", type=click.IntRange(0), help="Processes.  [default: one per core]")
+@click.option("--commit-every", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True,
+              metavar="SECONDS", help="What a killed run loses at most.")
+@click.option("--allow-failures", default="0", show_default=True, metavar="N|P%",
+              help="Recordings that may fail with exit status 0 still.")
+@click.option("--strict", is_flag=True, help="Stop at the first failure.")
+@click.option("--rehash", is_flag=True, help="Do not trust files' sizes and times.")
+@json_option
+def extract(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path | None, only_plan: bool, replace: bool,
+            device: str, workers: int | None, commit_every: float, allow_failures: str, strict: bool, rehash: bool,
+            as_json: bool) -> None:
+    """Extract features of CORPUS into STORE; what is fresh is skipped.
+
+    \b
+    Example: featstore extract wavs/ songs.zarr -f log-mel -f f0 -f mel44=log-mel:44k-128
+    """
+    import featstore as fs
+    from featstore.extract import allowance
+
+    extractors = extractors_of(requests, recipe)
+    if not extractors:
+        raise click.UsageError("nothing to extract: give -f REQUEST, such as -f log-mel -f f0, or -r RECIPE")
+    found = fs.corpus(corpus)
+    allowance(allow_failures, len(found))
+    opened = fs.open(store) if store.exists() else None
+    try:
+        if only_plan:
+            _say_plan(fs.plan(found, opened, extractors, replace=replace, rehash=rehash), as_json)
+            return
+        with display.ExtractProgress() as progress:
+            report = fs.extract(found, opened or fs.create(store), extractors, replace=replace, device=device,
+                                workers=workers, commit_every_s=commit_every, allow_failures=allow_failures,
+                                strict=strict, rehash=rehash, progress=progress)
+    except fs.errors.IdentityMismatch as refused:
+        texts = zip(all_requests(requests, recipe), extractors.values(), strict=True)
+        asked = dict(zip(extractors, texts, strict=True))
+        raise fs.errors.IdentityMismatch(ways_out(refused, fs.open(store), asked)) from None
+    _say_report(report, store, as_json)
+    if report.interrupted:
+        raise click.exceptions.Exit(130)
+    if not report.ok:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@CORPUS
+@STORE
+@requests_option(required=False)
+@click.option("--rehash", is_flag=True, help="Do not trust files' sizes and times.")
+@json_option
+def status(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path | None, rehash: bool,
+           as_json: bool) -> None:
+    """How much of STORE is up to date with CORPUS. Exit status 1 if not all is fresh.
+
+    \b
+    Example: featstore status wavs/ songs.zarr
+    """
+    import featstore as fs
+
+    opened = open_store(store)
+    asked: dict[str, Any] = dict(extractors_of(requests, recipe))
+    wanted = asked or {name: feature.spec for name, feature in opened.features.items()}
+    plan = fs.plan(fs.corpus(corpus), opened, wanted, rehash=rehash, failures=fs.failures(opened), refuse=False)
+    rows = [_status_row(item, plan.utterances) for item in plan.features.values()]
+    if as_json:
+        heads = ("feature", "fresh", "stale", "missing", "failed", "imported")
+        display.say_json({"utterances": plan.utterances, "orphans": plan.orphans,
+                          "features": [dict(zip(heads, row[:6], strict=True)) for row in rows]})
+    else:
+        display.table([[*row[:1], *(f"{n:,}" for n in row[1:6]), row[6]] for row in rows],
+                      ["feature", "fresh", "stale", "missing", "failed", "imported", "why"])
+        if plan.orphans:
+            display.say(f"{len(plan.orphans):,} utterances of the store are not in the corpus, such as "
+                        f"{display.visible(plan.orphans[0])}")
+    if any(item.todo and not item.imported for item in plan.features.values()) or not plan.features:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@STORE
+@click.argument("utterance")
+@click.argument("feature")
+@requests_option(required=False)
+@json_option
+def why(store: Path, utterance: str, feature: str, requests: tuple[str, ...], recipe: Path | None,
+        as_json: bool) -> None:
+    """Why FEATURE of UTTERANCE is or is not up to date: settings, weights, version, audio. Exit status 1 if it is not.
+
+    Without -f it is compared with what is stored under its name; the recording is read again where it can be found.
+
+    \b
+    Example: featstore why songs.zarr alto1/nino_dios f0 -f f0:dio
+    """
+    from featstore import Spec
+
+    opened = open_store(store)
+    asked = extractors_of(requests, recipe)
+    if len(asked) > 1:
+        raise click.UsageError("give one -f REQUEST: what FEATURE should be made of")
+    spec = Spec.of(next(iter(asked.values()))) if asked else None
+    source, path = _source_now(opened.utterances[utterance])
+    found = opened.why(utterance, feature, spec, source)
+    if as_json:
+        display.say_json(dataclasses.asdict(found) | {"audio": path, "audio_checked": source is not None})
+    else:
+        display.say(display.visible(f"{utterance} {feature}: {found.state}. {found.reason}"))
+        for name, (old, new) in found.differs.items():
+            display.say(f"  {name}: stored {old!r}, now {new!r}")
+        display.say(display.visible(f"  audio {path}: " + ("read again" if source else "not found here, not compared")))
+    if found.state not in ("fresh", "imported"):
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@STORE
+@click.argument("feature", metavar="NAME@ID")
+def use(store: Path, feature: str) -> None:
+    """Let a feature's name stand for another of its identities (`info` lists them).
+
+    \b
+    Example: featstore use songs.zarr whisper@3f2a91
+    """
+    from featstore.store import serve
+
+    opened = open_store(store)
+    name, _, prefix = feature.partition("@")
+    if not prefix:
+        raise click.UsageError(f"{feature}: expected NAME@ID; {store} has {name} as "
+                               + ", ".join(f"{name}@{i[:9]}" for i in opened.identities(name)))
+    chosen = opened.feature(feature)
+    serve(opened.path, name, chosen.short)
+    display.say(f"{name} is now {name}@{chosen.label} ({len(chosen):,} utterances)")
+
+
+@cli.command()
+@STORE
+@json_option
+def info(store: Path, as_json: bool) -> None:
+    """What a store holds: features, identities, settings, sizes.
+
+    \b
+    Example: featstore info songs.zarr
+    """
+    opened = open_store(store)
+    kept = [opened.feature(f"{name}@{identity}") for name in _names(opened) for identity in opened.identities(name)]
+    if as_json:
+        display.say_json({"path": str(store), "utterances": len(opened.utterances), "hours": opened.utterances.hours,
+                          "speakers": sorted(opened.utterances.speakers()),
+                          "features": [_facts(opened, feature) for feature in kept]})
+        return
+    display.say(repr(opened))
+    display.table([_info_row(opened, feature) for feature in kept],
+                  ["feature", "kind", "rate", "dim", "dtype", "utterances", "size", "made by"])
+
+
+@cli.command(name="ls")
+@STORE
+@click.argument("feature", required=False)
+@json_option
+def list_rows(store: Path, feature: str | None, as_json: bool) -> None:
+    """List the utterances of a store, or those that have FEATURE.
+
+    \b
+    Example: featstore ls songs.zarr f0
+    """
+    opened = open_store(store)
+    rows: list[dict[str, Any]] = []
+    held = opened.feature(feature) if feature else None
+    for key, utterance in opened.utterances.items():
+        if held is not None and key not in held:
+            continue
+        frames = {"frames": held[key].shape[0]} if held is not None else {}
+        rows.append({"utterance": key, "speaker": utterance.speaker or "", "seconds": round(utterance.duration_s, 3),
+                     **frames, "flags": " ".join(utterance.flags)})
+    if as_json:
+        display.say_json(rows)
+    elif rows:
+        display.table([[f"{v:.3f}" if isinstance(v, float) else v for v in row.values()] for row in rows],
+                      list(rows[0]))
+
+
+@cli.command()
+@STORE
+@click.argument("utterance")
+@names_option("Feature to draw; again for more.  [default: all]")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="PNG file to write.")
+def plot(store: Path, utterance: str, names: tuple[str, ...], out: Path) -> None:
+    """Draw UTTERANCE on one time axis: waveform, log-mel with f0 over it, energy, any feature as an image.
+
+    \b
+    Example: featstore plot songs.zarr alto1/nino_dios -o nino.png
+    """
+    from featstore.plot import plot as draw
+
+    draw(open_store(store), utterance, out, names)
+    display.say(str(out))
+
+
+@cli.command()
+@STORE
+@click.option("--repair", is_flag=True, help="Give up what is damaged, so that extract makes it again; free space.")
+@click.option("--grace", "grace_h", type=click.FloatRange(0), default=GRACE_H, show_default=True, metavar="HOURS",
+              help="Leave alone what is younger: it may belong to a reader or writer.")
+@json_option
+def verify(store: Path, repair: bool, grace_h: float, as_json: bool) -> None:
+    """Check every byte of a store against its checksums. Exit status 1 if something is damaged.
+
+    \b
+    Example: featstore verify songs.zarr
+    """
+    from featstore import upkeep
+    from featstore.verify import verify as verify_store
+
+    opened = open_store(store)
+    found = verify_store(opened, progress=display.bytes_progress("verify"))
+    freed = upkeep.repair(opened, found, grace_s=grace_h * 3600) if repair else 0
+    if as_json:
+        names = ("feature", "utterance", "segment", "reason")
+        display.say_json({"rows": found.rows, "bytes": found.bytes, "freed": freed,
+                          "damages": [{n: getattr(damage, n) for n in names} for damage in found.damages]})
+    else:
+        for damage in found.damages:
+            display.say(display.visible(f"damaged: {damage.utterance or damage.segment} {damage.feature}: "
+                                        f"{damage.reason}"))
+        display.say(f"{found.rows:,} rows, {display.size(found.bytes)} checked, {len(found.damages):,} damaged; "
+                    f"{found.replaced + found.uncommitted:,} segments replaced or never committed "
+                    f"({display.size(found.replaced_bytes + found.uncommitted_bytes)})")
+        if repair:
+            display.say(f"{display.size(freed)} freed" + (
+                "; what was damaged is given up, extract makes it again" if found.damages else ""))
+    if found.damages and not repair:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@STORE
+@click.option("-f", "--feature", help="NAME or NAME@ID.")
+@click.option("--speaker", help="Every utterance of this speaker, with all features.")
+@click.option("--utterance", "utterances", multiple=True, help="An utterance, with all features; again for more.")
+def rm(store: Path, feature: str | None, speaker: str | None, utterances: tuple[str, ...]) -> None:
+    """Remove a feature, a speaker or utterances. The space is freed by `verify --repair`, a day later.
+
+    \b
+    Example: featstore rm songs.zarr -f whisper@3f2a91
+    """
+    if (feature is not None) + (speaker is not None) + bool(utterances) != 1:
+        raise click.UsageError("give one of -f FEATURE, --speaker SPEAKER and --utterance UTTERANCE")
+    from featstore import upkeep
+
+    removed = upkeep.remove(open_store(store), feature=feature, speaker=speaker, utterances=utterances)
+    display.say(f"{removed.rows:,} rows removed.")
+    if removed.bytes:
+        display.say(f"{display.size(removed.bytes)} will be freed by: featstore verify {store} --repair "
+                    f"(what is younger than {GRACE_H:g} h stays; --grace 0 frees it now)")
+    else:
+        display.say("No bytes are freed: the rows lie in segments that others need.")
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@names_option("Feature to copy, NAME or NAME@ID; again for more.  [default: all]")
+def copy(source: Path, destination: Path, names: tuple[str, ...]) -> None:
+    """Copy features and utterances into a new store, or into one that exists; what is there already is skipped.
+
+    \b
+    Example: featstore copy songs.zarr small.zarr -f f0 -f log-mel
+    """
+    from featstore import upkeep
+
+    count = upkeep.copy(open_store(source), destination, names or None, progress=display.bytes_progress("copy"))
+    display.say(f"{count:,} rows copied to {destination}")
+
+
+@cli.command(name="export")
+@STORE
+@names_option("Feature to export; again for more.  [default: all]")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--layout", type=click.Choice(["npy", "kaldi"]), default="npy", show_default=True)
+def export_rows(store: Path, names: tuple[str, ...], out: Path, layout: str) -> None:
+    """Write features as .npy files or Kaldi archives.
+
+    \b
+    Example: featstore export songs.zarr -f f0 -o features/ --layout npy
+    """
+    from featstore import exchange
+
+    count = exchange.export_tree(open_store(store), out, layout, names)  # type: ignore[arg-type]
+    display.say(f"{count:,} arrays written to {out}")
+
+
+@cli.command(name="import")
+@click.argument("tree", type=click.Path(path_type=Path, exists=True))
+@STORE
+@click.option("--layout", type=click.Choice(["npy", "kaldi", "amphion"]), required=True)
+@names_option("Feature to import; again for more.  [default: all]")
+@click.option("--rate", type=Fraction, help="Frames per second: 50, 24000/256.")
+@click.option("--kind", type=click.Choice(["continuous", "f0", "discrete", "samples", "global"]), default="continuous",
+              show_default=True)
+@click.option("--replace", is_flag=True, help="Let names that stand for something else stand for these.")
+def import_rows(tree: Path, store: Path, layout: str, names: tuple[str, ...], rate: Fraction | None, kind: str,
+                replace: bool) -> None:
+    """Take arrays that were made elsewhere into a store; nothing can tell whether they are up to date.
+
+    \b
+    Example: featstore import processed/m4singer songs.zarr --layout amphion -f whisper
+    """
+    import featstore as fs
+    from featstore import exchange
+
+    opened = fs.open(store) if store.exists() else fs.create(store)
+    done = exchange.import_tree(tree, opened, layout, names, rate=rate, kind=kind,  # type: ignore[arg-type]
+                                replace=replace)
+    for name, count in done.features.items():
+        display.say(f"{name}: {count:,} arrays imported")
+    if done.fresh:
+        display.say(f"{done.fresh:,} were there already")
+    for failure in done.failures:
+        click.echo(display.visible(f"  failed: {failure.path}: {failure.reason}"), err=True)
+    if done.failures:
+        raise click.exceptions.Exit(1)
+
+
+def _names(store: Store) -> list[str]:
+    from featstore.store import feature_names
+
+    return feature_names(store.path)
+
+
+def _say_plan(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        display.say_json({"utterances": plan.utterances, "hours": plan.hours, "bytes_needed": plan.bytes_needed,
+                          "features": {name: {"fresh": item.fresh, "stale": item.stale, "missing": item.missing,
+                                              "bytes": item.bytes} for name, item in plan.features.items()}})
+        return
+    parts = [f"{item.name} {item.todo:,} to do ({display.size(item.bytes)})" if item.todo else f"{item.name} fresh"
+             for item in plan.features.values()]
+    display.say(f"{plan.utterances:,} utterances; {display.length(plan.hours * 3600)} of audio to do.  "
+                + ", ".join(parts) + ".")
+    free = f", {display.size(plan.bytes_free)} free" if plan.bytes_free else ""
+    display.say(f"{display.size(plan.bytes_needed)} needed{free}. Nothing written.")
+
+
+def _say_report(report: Report, store: Path, as_json: bool) -> None:
+    if as_json:
+        display.say_json(dataclasses.asdict(report))
+        return
+    if report.interrupted:
+        display.say(f"Interrupted: {report.fresh + report.done:,} of {report.utterances:,} utterances done and kept. "
+                    "The same command goes on from here.")
+    elif report.done:
+        pace = f", {report.elapsed_s / report.audio_s:.3f} x real time" if report.audio_s else ""
+        display.say(f"{report.done:,} utterances, {display.length(report.audio_s)} of audio in "
+                    f"{display.length(report.elapsed_s)}{pace}; {report.fresh:,} were fresh.")
+    else:
+        display.say(f"Nothing to do: all {report.fresh:,} utterances are fresh.")
+    display.flags(report.flags)
+    display.failures(report.failures, f"{store}.failures.jsonl")
+    if not report.interrupted:
+        display.say(repr(open_store(store)))
+
+
+def _status_row(item: Any, utterances: int) -> tuple[Any, ...]:
+    if item.imported:
+        return item.name, 0, 0, item.missing, 0, utterances - item.missing, ""
+    reason = ", ".join(f"{field}={old!r} (now {new!r})" for field, (old, new) in item.differs.items())
+    return item.name, item.fresh, item.stale, item.missing, item.failed, 0, reason
+
+
+def _source_now(utterance: StoredUtterance) -> tuple[bytes | None, str]:
+    """The digest of an utterance's recording as it is now (None: it cannot be read), and where it was looked for."""
+    from featstore import audio, errors
+
+    if utterance.audio is None:
+        return None, "(none recorded)"
+    path = Path(utterance.root or ".", utterance.audio)
+    try:
+        return audio.source_digest(audio.file_digest(path), utterance.start_s, utterance.end_s), str(path)
+    except errors.BadAudio:
+        return None, str(path)
+
+
+def _served(store: Store, feature: Feature) -> bool:
+    served = store.features.get(feature.name)
+    return served is not None and served.short == feature.short
+
+
+def _settings(feature: Feature) -> str:
+    spec = feature.spec
+    hidden = ("audio", "window")
+    settings = [f"{name}={value}" for name, value in spec.settings.items() if name not in hidden and value != ""]
+    weights = [f"weights={spec.weights.removeprefix('sha256:')[:9]}"] if spec.weights else []
+    return f"{spec.made_by} v{spec.version} " + " ".join(settings + weights)
+
+
+def _info_row(store: Store, feature: Feature) -> list[str]:
+    rate = f"{float(feature.frame_rate):g} Hz" if feature.frame_rate else "-"
+    label = f"{feature.name}@{feature.label}" + ("" if _served(store, feature) else " (kept)")
+    return [label, feature.kind, rate, str(feature.dim), str(feature.dtype), f"{len(feature):,}",
+            display.size(feature.nbytes), _settings(feature)]
+
+
+def _facts(store: Store, feature: Feature) -> dict[str, Any]:
+    return {"name": feature.name, "identity": feature.identity, "served": _served(store, feature),
+            "imported": feature.imported, "utterances": len(feature), "bytes": feature.nbytes,
+            "spec": feature.spec.to_json()}

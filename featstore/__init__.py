@@ -1,0 +1,19 @@
+"""Features of recordings, extracted once into a keyed Zarr store that knows what made every number.
+
+    store = fs.create("songs.zarr")
+    fs.extract(fs.corpus("wavs/"), store, parse("log-mel", "f0"))
+    store["alto1/nino_dios", "f0"][100:200]
+"""
+
+from . import errors
+from .corpus import Corpus, Problem, Utterance, corpus
+from .extract import Progress, Report, extract, failures
+from .plan import Failure, FeaturePlan, Plan, plan, source_now
+from .spec import Extractor, Spec
+from .store import Feature, Row, Store, StoredUtterance, Why, create, open
+from .writer import Writer
+
+__version__ = "0.1.0"
+__all__ = ["Corpus", "Extractor", "Failure", "Feature", "FeaturePlan", "Plan", "Problem", "Progress", "Report", "Row",
+           "Spec", "Store", "StoredUtterance", "Utterance", "Why", "Writer", "corpus", "create", "errors", "extract",
+           "failures", "open", "plan", "source_now"]

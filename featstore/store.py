@@ -1,0 +1,546 @@
+"""The store: utterances and features by name, read as a snapshot, written by any number of writers at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import storage
+from .errors import (
+    BadRequest,
+    CorruptSegment,
+    MissingFeature,
+    MissingUtterance,
+    NotAStore,
+    StaleFeature,
+    nearest,
+)
+from .index import Index, read_catalogue
+from .segment import Segment, group
+from .spec import NAME, Spec
+
+if TYPE_CHECKING:
+    from .writer import Writer
+
+FORMAT = 1
+COMMIT_S = 60.0
+_SAME = ["generation", "length", "checksum"]  # of two records of one key: they hold the same array
+
+
+@dataclass(frozen=True)
+class StoredUtterance:
+    """What the store knows of one recording, or a cut of one. `source` names the audio its features stem from.
+
+    audio: path of the file, relative to `root` (the corpus it was read from) or absolute.
+    flags: what may be wrong with the recording: see `audio.Reader`.
+    """
+
+    key: str
+    audio: str | None = None
+    root: str | None = None
+    start_s: float = 0.0
+    end_s: float | None = None
+    speaker: str | None = None
+    text: str | None = None
+    language: str | None = None
+    kind: str | None = None
+    duration_s: float = 0.0
+    sample_rate: int | None = None
+    channels: int | None = None
+    flags: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], source: str) -> StoredUtterance:
+        known = {name: record[name] for name in cls.__dataclass_fields__ if name in record}
+        return cls(**known | {"flags": tuple(record.get("flags", ())), "source": source})
+
+
+@dataclass(frozen=True)
+class Why:
+    """Why a stored feature is or is not up to date.
+
+    state: fresh, stale, missing, imported or unknown (no audio at hand to compare with).
+    differs: field -> (what is stored, what is asked for); {} when fresh.
+    reason: one sentence.
+    """
+
+    utterance: str
+    feature: str
+    state: str
+    differs: dict[str, tuple[Any, Any]]
+    reason: str
+
+
+class Collection:
+    """The segments of one kind of row: the utterances, or one identity of a feature."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        home = folder / "segments"
+        names = sorted(p.name for p in home.iterdir() if _SEGMENT.fullmatch(p.name)) if home.is_dir() else []
+        self.segments = [Segment(home / name) for name in names if (home / name / "zarr.json").exists()]
+
+    def index(self, current: Any = None) -> Index:
+        """The rows that answer, as of when this collection was listed; FileNotFoundError if a segment is gone since."""
+        return Index.build(self.segments, current, read_catalogue(self.folder, self.segments))
+
+
+class Row:
+    """One utterance's feature, read on demand: `row[100:200]` touches only those frames.
+
+    Arrays come as stored: `(T, D)`, `(T,)` where the spec's dim is 0, `(D,)` for kind "global". `scale` is 1 but for
+    waveforms that exceed full scale: stored x scale = value.
+    """
+
+    def __init__(self, feature: Feature, key: str, record: np.void) -> None:
+        self.feature, self.utterance, self._record = feature, key, record
+        self._segment = feature.index.segments[int(record["segment"])]
+        self.dtype = feature.dtype
+        self.scale = float(record["scale"])
+        dims = (feature.dim,) if feature.dim else ()
+        self.shape: tuple[int, ...] = dims if feature.kind == "global" else (int(record["length"]), *dims)
+
+    @property
+    def source(self) -> str:
+        """SHA-256 that names the audio it was made from; zeros if it was not made from audio."""
+        return self._record["source"].tobytes().hex()
+
+    def read(self, *, check: bool = False) -> np.ndarray:
+        """The whole array. With `check`, its checksum too: CorruptSegment names the utterance if it does not match."""
+        if check and self._segment.checksum(self._record) != int(self._record["checksum"]):
+            raise CorruptSegment(f"{self.utterance}: {self.feature.name} does not match its checksum: its bytes in "
+                                 f"{self._segment.folder} changed after they were written. "
+                                 "featstore verify STORE --repair gives it up; extract makes it again.")
+        frames = self._frames(0, int(self._record["length"]))
+        return frames[0] if self.feature.kind == "global" else frames
+
+    def as_float(self) -> np.ndarray:
+        """The whole array as float32, `scale` applied."""
+        return self.read().astype(np.float32) * np.float32(self.scale)
+
+    def blocks(self, frames: int | None = None) -> Iterator[np.ndarray]:
+        """The frames in pieces of at most `frames` (None: of about 8 MiB), for what does not fit in memory."""
+        return self._segment.blocks(self._record, frames)
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def __getitem__(self, item: Any) -> Any:
+        if type(item) is slice and item.step is None and self.feature.kind != "global":  # what a crop asks for
+            start, stop, _ = item.indices(self.shape[0])
+            return self._frames(start, max(start, stop))
+        first, rest = (item[0], item[1:]) if isinstance(item, tuple) and item else (item, ())
+        if self.feature.kind == "global" or not isinstance(first, slice):
+            return self.read()[item]
+        start, stop, step = first.indices(len(self))
+        if step < 0:
+            return self.read()[item]
+        frames = self._frames(start, max(start, stop))
+        return frames[(slice(None, None, step), *rest)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read().astype(dtype, copy=False) if dtype is not None else self.read()
+
+    def __repr__(self) -> str:
+        return f"<{self.feature.name} of {self.utterance}: {self.shape} {self.dtype}>"
+
+    def _frames(self, start: int, stop: int) -> np.ndarray:
+        try:
+            return self._read(start, stop)
+        except FileNotFoundError:  # compacted away since the snapshot was taken: look once more
+            now = self.feature.look_again(self.utterance)
+            if (now._record[_SAME] != self._record[_SAME]) or now.source != self.source:
+                raise StaleFeature(f"{self.utterance}: {self.feature.name} was written anew since the store was "
+                                   "opened, and the old one removed; open the store again") from None
+            self._record, self._segment = now._record, now._segment
+            return self._read(start, stop)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        out = self._segment.layout.empty(stop - start)
+        self._segment.read(int(self._record["offset"]) + start, out)
+        return out
+
+
+class Feature(Mapping[str, "Row"]):
+    """One identity of a feature: what made it, and the rows of the utterances that have it, by key."""
+
+    def __init__(self, store: Store, name: str, identity: str) -> None:
+        self.name, self._store, self.short = name, store, identity
+        self._collection = Collection(store.path / "features" / name / identity)
+
+    @cached_property
+    def spec(self) -> Spec:
+        """The full record of what made it."""
+        facts = storage.read_document(self._collection.folder / "zarr.json")["attributes"]["featstore"]
+        return Spec.from_json(facts["spec"])
+
+    @property
+    def identity(self) -> str:
+        """64 hexadecimal digits; the first 16 name its folder."""
+        return self.spec.identity
+
+    @property
+    def label(self) -> str:
+        """The identity as people see it: nine digits, or where it was imported from."""
+        return f"imported:{self.spec.settings['digest'][:9]}" if self.imported else self.short[:9]
+
+    @property
+    def imported(self) -> bool:
+        return self.spec.made_by == "imported"
+
+    @property
+    def frame_rate(self) -> Fraction | None:
+        return self.spec.frame_rate
+
+    @property
+    def kind(self) -> str:
+        return self.spec.kind
+
+    @property
+    def dim(self) -> int:
+        return self.spec.dim or 0
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.spec.dtype)
+
+    @cached_property
+    def index(self) -> Index:
+        try:
+            return self._collection.index(self._store.made_from_current_audio)
+        except FileNotFoundError:  # a segment was compacted away since it was listed
+            self._collection = Collection(self.folder)
+            return self._collection.index(self._store.made_from_current_audio)
+
+    @property
+    def folder(self) -> Path:
+        return self._collection.folder
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of frames on disk, superseded rows included."""
+        return sum(segment.facts["bytes"] for segment in self._collection.segments)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All committed segments, those replaced by another included."""
+        return self._collection.segments
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.index.find(key) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return self.index.live_keys()
+
+    def __getitem__(self, key: str) -> Row:
+        record = self.index.find(key)
+        if record is None:
+            raise MissingFeature(self._missing(key))
+        return Row(self, key, record)
+
+    def look_again(self, key: str) -> Row:
+        """A key's row among the segments there are now, from which this feature's other rows come too from now on."""
+        self._collection = Collection(self._collection.folder)
+        self.__dict__.pop("index", None)
+        record = self.index.find(key)
+        if record is None:
+            raise MissingFeature(f"{key}: {self.name} was removed since the store was opened; open it again")
+        return Row(self, key, record)
+
+    def _missing(self, key: str) -> str:
+        utterances = self._store.utterances
+        if key not in utterances:
+            return f"{self._store.path} has no utterance {key!r} ({nearest(key, utterances)})"
+        return (f"{key} has no {self.name} in {self._store.path}; {len(self):,} of {len(utterances):,} utterances have "
+                f"it. Try: featstore extract CORPUS {self._store.path} -f {self.name}")
+
+    def __repr__(self) -> str:
+        rate = f"{float(self.frame_rate):g} Hz" if self.frame_rate else "one per utterance"
+        return f"<{self.name}@{self.label}: {self.kind}, {rate}, dim {self.dim}, {self.dtype}, {len(self)} utterances>"
+
+
+class Utterances(Mapping[str, StoredUtterance]):
+    """The utterances of a store by key, in the order of their keys."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._collection = Collection(store.path / "utterances")
+
+    @cached_property
+    def index(self) -> Index:
+        try:
+            return self._collection.index()
+        except FileNotFoundError:  # a segment was compacted away since it was listed
+            return self._look_again()
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        return sorted(self.index.live_keys())
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.index.find(key) is not None
+
+    def __getitem__(self, key: str) -> StoredUtterance:
+        record = self.index.find(key)
+        if record is None:
+            raise MissingUtterance(f"{self._store.path} has no utterance {key!r} ({nearest(key, self)})")
+        try:
+            return self._parse(record)
+        except FileNotFoundError:
+            found = self._look_again().find(key)
+            if found is None:
+                raise MissingUtterance(f"{key} was removed since the store was opened; open it again") from None
+            return self._parse(found)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The utterance, or `default`; unlike a failed look-up it does not search for the nearest spelling."""
+        return self[key] if key in self else default  # noqa: SIM401 (this is get)
+
+    @property
+    def hours(self) -> float:
+        """Duration of all utterances together."""
+        return float(self.index.records["seconds"][self.index.live].sum()) / 3600
+
+    def speakers(self) -> set[str]:
+        """The names of all speakers. Reads the records in one go, so that a repr stays quick for many utterances."""
+        found: set[str | None] = set()
+        live = self.index.records[self.index.live]
+        for number, segment in enumerate(self.index.segments):
+            rows = live[live["segment"] == number]
+            if len(rows):
+                data = segment.layout.empty(segment.layout.shape[0])
+                segment.read(0, data)
+                text = data.tobytes()
+                found |= {json.loads(text[start:start + length]).get("speaker")
+                          for start, length in zip(rows["offset"].tolist(), rows["length"].tolist(), strict=True)}
+        return {speaker for speaker in found if speaker is not None}
+
+    def _look_again(self) -> Index:
+        self._collection = Collection(self._collection.folder)
+        self.__dict__["index"] = index = self._collection.index()
+        return index
+
+    def _parse(self, record: np.void) -> StoredUtterance:
+        segment = self.index.segments[int(record["segment"])]
+        data = b"".join(block.tobytes() for block in segment.blocks(record))
+        return StoredUtterance.from_json(json.loads(data), record["source"].tobytes().hex())
+
+
+class Store:
+    """A feature store, read as the snapshot taken when it was opened (and again when a writer of this handle closes).
+
+    `store[utterance, feature]` is a `Row`; `store.utterances` and `store.features` are mappings.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        _check_root(self.path)
+        self.refresh()
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
+        return Store, (self.path,)
+
+    def refresh(self) -> None:
+        """Take a new snapshot: see what was committed since."""
+        self.utterances = Utterances(self)
+        home = self.path / "features"
+        names = sorted(p.name for p in home.iterdir() if NAME.fullmatch(p.name)) if home.is_dir() else []
+        served = {name: read_served(self.path, name) for name in names}
+        self.features: dict[str, Feature] = {
+            name: Feature(self, name, identity) for name, identity in served.items() if identity}
+
+    def feature(self, name: str) -> Feature:
+        """The feature of a name, or of NAME@IDENTITY-PREFIX."""
+        if name in self.features:
+            return self.features[name]
+        name, _, prefix = name.partition("@")
+        if not prefix:
+            if name not in self.features:
+                raise MissingFeature(f"{self.path} has no feature {name!r} ({nearest(name, self.features)}). "
+                                     f"Try: featstore extract CORPUS {self.path} -f {name}")
+            return self.features[name]
+        found = [identity for identity in self.identities(name) if identity.startswith(prefix[:16])]
+        if len(found) != 1:
+            raise MissingFeature(f"{self.path}: {name}@{prefix} names {len(found)} identities of {name} "
+                                 f"({nearest(prefix, self.identities(name))})")
+        served = self.features.get(name)
+        return served if served is not None and served.short == found[0] else Feature(self, name, found[0])
+
+    def identities(self, name: str) -> list[str]:
+        """The identities kept of a name (16 digits each), the served one included."""
+        home = self.path / "features" / name
+        if not NAME.fullmatch(name) or not home.is_dir():
+            return []
+        return sorted(p.name for p in home.iterdir() if _IDENTITY.fullmatch(p.name))
+
+    def __getitem__(self, item: tuple[str, str]) -> Row:
+        if not isinstance(item, tuple) or len(item) != 2:
+            raise BadRequest(f"store[{item!r}]: expected store[utterance, feature], "
+                             "such as store['alto1/nino_dios', 'f0']")
+        return self.feature(item[1])[item[0]]
+
+    def writer(self, *, commit_every_s: float = COMMIT_S, provenance: Mapping[str, str] | None = None) -> Writer:
+        """A writer; one per process. Several writers, on several machines, may be open at once."""
+        from .writer import Writer  # it needs Store
+
+        return Writer(self, commit_every_s=commit_every_s, provenance=provenance)
+
+    def why(self, utterance: str, feature: str, spec: Spec | None = None, source: bytes | None = None) -> Why:
+        """Why a feature of an utterance is or is not up to date.
+
+        spec: what is asked for now (None: what is stored).
+        source: the source digest of the audio as it is now (None: as the store last saw it).
+        """
+        held = self.feature(feature)
+        known = self.utterances.index.find(utterance)
+        if known is None:
+            raise MissingUtterance(f"{self.path} has no utterance {utterance!r} "
+                                   f"({nearest(utterance, self.utterances)})")
+        differs = held.spec.differs(spec) if spec is not None and not held.imported else {}
+        record = held.index.find(utterance)
+        now = (source or known["source"].tobytes()).hex()
+        if record is None:
+            return Why(utterance, feature, "missing", differs, f"{utterance} has no {feature} yet")
+        if held.imported:
+            return Why(utterance, feature, "imported", {}, f"{feature} was imported ({held.label}); "
+                       "nothing here can tell whether it is up to date")
+        made = record["source"].tobytes().hex()
+        if made != now:
+            differs["audio"] = (made[:12], now[:12])
+        if not differs:
+            return Why(utterance, feature, "fresh", {}, "settings, weights, version and audio are as stored")
+        fields = ", ".join(f"{name}={old!r} (now {new!r})" for name, (old, new) in differs.items())
+        return Why(utterance, feature, "stale", differs, f"made with {fields}")
+
+    def made_from_current_audio(self, records: np.ndarray) -> np.ndarray:
+        """Which of a feature's records stem from the audio their utterance has now."""
+        index = self.utterances.index
+        if not len(index.records):
+            return np.zeros(len(records), bool)
+        at = index.positions(np.stack([records["hash"], records["tag"]], axis=1))
+        return (at >= 0) & (index.records["source"][at] == records["source"]).all(axis=1)
+
+    def __repr__(self) -> str:
+        speakers, count = len(self.utterances.speakers()), len(self.utterances)
+        people = f", {speakers} speaker{'s' * (speakers != 1)}" if speakers else ""
+        names = " ".join(self.features) or "no features"
+        hours = self.utterances.hours
+        length = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+        return f"<Store {self.path.name}: {count:,} utterance{'s' * (count != 1)}{people}, {length}; {names}>"
+
+
+def create(path: str | Path) -> Store:
+    """A new, empty store. Refuses an existing path."""
+    root = Path(path)
+    if root.exists():
+        raise NotAStore(f"{root} exists already; open it with featstore.open, or choose another path")
+    if not root.parent.is_dir():
+        raise NotAStore(f"the folder {root.parent} does not exist; make it first")
+    with storage.disk_room(root):
+        root.mkdir()
+    for folder in (root, root / "utterances", root / "utterances" / "segments", root / "features"):
+        make_group(root, folder)
+    storage.sync_folder(root.parent)
+    return Store(root)
+
+
+def open(path: str | Path) -> Store:
+    """A store as it is now. NotAStore says what is there instead, or that its format is newer."""
+    return Store(path)
+
+
+def serve(root: Path, name: str, identity: str | None) -> None:
+    """Let a name stand for an identity (None: for nothing), atomically; the last of several wins."""
+    while not claim(root, name, identity, instead_of=read_served(root, name)):
+        pass
+
+
+def claim(root: Path, name: str, identity: str | None, *, instead_of: str | None) -> bool:
+    """Let a name stand for an identity if it stands for `instead_of` now; False if somebody else was first."""
+    home = root / "features" / name / "served"
+    taken = [int(step.name) for step in _steps(home)]
+    found = read_served(root, name)
+    if found == identity:
+        return True
+    if found != instead_of:
+        return False
+    step = home / f"{max(taken, default=0) + 1:08d}"
+    make_group(root, home)
+    storage.make_folders(root, step)
+    return storage.create_document(step / "zarr.json", group({"identity": identity}))
+
+
+def read_served(root: Path, name: str) -> str | None:
+    """The identity (16 digits) a name stands for now, or None."""
+    steps = _steps(root / "features" / name / "served")
+    return storage.read_document(steps[-1] / "zarr.json")["attributes"]["featstore"]["identity"] if steps else None
+
+
+def _steps(home: Path) -> list[Path]:
+    return sorted(p for p in home.iterdir() if (p / "zarr.json").exists()) if home.is_dir() else []
+
+
+def mismatch(root: Path, old: Feature, spec: Spec) -> str:
+    """The message for a name that stands for other settings: what differs, and the two ways out."""
+    differs = old.spec.differs(spec)
+    chosen = {field: values for field, values in differs.items() if field not in _FOLLOWS} or differs
+    if old.imported:
+        held, asked = f"an imported {old.name!r} ({old.label})", "an extracted one"
+    else:
+        held = f"{old.name!r} with " + ", ".join(f"{field}={was}" for field, (was, _) in chosen.items())
+        asked = ", ".join(f"{field}={now}" for field, (_, now) in chosen.items())
+    return (f"{root} has {held}; you ask for {asked}. Nothing was changed.\n"
+            f"  keep both:  give it another name, such as -f {old.name}-2={spec.made_by}...\n"
+            f"  replace:    add --replace ({len(old):,} utterances; the old one is served until the new one is "
+            "complete)")
+
+
+_FOLLOWS = ("centre_s", "frame_rate", "window", "dim")  # from what was chosen; said only where nothing else differs
+_SEGMENT = re.compile(r"[0-9a-f]{16}-[0-9a-f]{12}")
+_IDENTITY = re.compile(r"[0-9a-f]{16}")
+
+
+def _check_root(root: Path) -> None:
+    try:
+        record = storage.read_document(root / "zarr.json")
+    except FileNotFoundError:
+        what = "does not exist" if not root.exists() else "is not a store: it has no zarr.json"
+        raise NotAStore(f"{root} {what}. Make one: featstore extract CORPUS {root} -f log-mel -f f0") from None
+    except NotADirectoryError:
+        raise NotAStore(f"{root} is a file, expected the folder of a store") from None
+    facts = record.get("attributes", {}).get("featstore", {})
+    found = facts.get("format")
+    if not isinstance(found, int):
+        raise NotAStore(f"{root} is a Zarr group, but not a store of featstore (its attributes give no format version)")
+    if found > FORMAT:
+        raise NotAStore(f"{root} has store format {found}; this featstore reads up to {FORMAT}. "
+                        "Update it: pip install --upgrade featstore")
+
+
+def feature_names(root: Path) -> list[str]:
+    home = root / "features"
+    return sorted(p.name for p in home.iterdir() if NAME.fullmatch(p.name)) if home.is_dir() else []
+
+
+def make_group(root: Path, folder: Path) -> None:
+    storage.make_folders(root, folder)
+    storage.create_document(folder / "zarr.json", group({"format": FORMAT} if folder == root else {}))

@@ -1,0 +1,28 @@
+"""Shared places: recordings, parity numbers and makers of synthetic and broken audio, where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with `audio/`, `parity/` and the corpus makers; named by FEATSTORE_SHARED, else beside the project."""
+    folder = Path(os.environ.get("FEATSTORE_SHARED", ROOT.parent / "shared"))
+    if not (folder / "audio" / "manifest.csv").exists():
+        pytest.skip(f"no shared data at {folder}: set FEATSTORE_SHARED to the folder that has audio/ and parity/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parity(shared: Path) -> Path:
+    """Numbers computed by other programs; FEATSTORE_PARITY_DATA names another folder."""
+    folder = Path(os.environ.get("FEATSTORE_PARITY_DATA", shared / "parity"))
+    if not folder.exists():
+        pytest.skip(f"no parity data at {folder}")
+    return folder

@@ -1,0 +1,182 @@
+"""Extractors for tests: small, exact, and one for each way to go wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+Run = Callable[[list[np.ndarray]], list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean |x| of each 10 ms at 16 kHz, times `gain`."""
+
+    gain: float = 1.0
+    name: ClassVar[str] = "mean"
+    version: ClassVar[int] = 1
+    kind: ClassVar[str] = "continuous"
+    sample_rate: ClassVar[int] = 16000
+    frame_rate: ClassVar[Fraction | None] = Fraction(100)
+    centre_s: ClassVar[Fraction] = Fraction(1, 200)
+    dim: ClassVar[int] = 0
+    dtype: ClassVar[str] = "float32"
+
+    def load(self, device: str) -> Run:
+        return lambda waves: [self.of(wave) for wave in waves]
+
+    def of(self, wave: np.ndarray) -> np.ndarray:
+        return np.abs(wave[:len(wave) // 160 * 160].reshape(-1, 160)).mean(axis=1) * np.float32(self.gain)
+
+
+@dataclass(frozen=True)
+class Windowed(Mean):
+    """Mean over 30 ms about each frame, in pieces of one second with 10 ms of context."""
+
+    name: ClassVar[str] = "windowed"
+    window: ClassVar[tuple[int, int]] = (16000, 160)
+
+    def of(self, wave: np.ndarray) -> np.ndarray:
+        padded = np.pad(np.abs(wave), 160)
+        return np.stack([padded[i * 160:i * 160 + 480].sum() for i in range(len(wave) // 160)]).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Whole(Windowed):
+    """As `Windowed`, in one piece."""
+
+    window: ClassVar[Any] = None
+
+
+@dataclass(frozen=True)
+class Total:
+    """One vector per utterance: (seconds, sum of |x|), put together from pieces of one second."""
+
+    name: ClassVar[str] = "total"
+    version: ClassVar[int] = 1
+    kind: ClassVar[str] = "global"
+    sample_rate: ClassVar[int] = 16000
+    frame_rate: ClassVar[Fraction | None] = None
+    centre_s: ClassVar[Fraction] = Fraction(0)
+    dim: ClassVar[int] = 2
+    dtype: ClassVar[str] = "float64"
+    window: ClassVar[tuple[int, int]] = (16000, 0)
+
+    def load(self, device: str) -> Run:
+        return lambda waves: [np.array([len(w) / 16000, np.abs(w.astype(np.float64)).sum()]) for w in waves]
+
+    def combine(self, parts: list[np.ndarray], lengths: list[int]) -> np.ndarray:
+        if [round(part[0] * 16000) for part in parts] != lengths:
+            raise ValueError(f"pieces of {lengths} samples gave {parts}")
+        return np.sum(parts, axis=0)
+
+
+@dataclass(frozen=True)
+class Layer(Mean):
+    """One of several outputs of a shared pass; every pass leaves a mark in `marks`."""
+
+    layer: int = 0
+    marks: str = field(default="", metadata={"identity": False})
+    name: ClassVar[str] = "layer"
+    together: ClassVar[str] = "one network"
+
+    @classmethod
+    def load_together(cls, extractors: list[Layer], device: str) -> Callable[..., list[list[np.ndarray]]]:
+        def run(waves: list[np.ndarray]) -> list[list[np.ndarray]]:
+            Path(extractors[0].marks, f"{len(list(Path(extractors[0].marks).iterdir()))}").touch()
+            means = [extractors[0].of(wave) for wave in waves]
+            return [[mean + extractor.layer for mean in means] for extractor in extractors]
+
+        return run
+
+
+@dataclass(frozen=True)
+class OnDevice(Mean):
+    """Gains from a device; a batch whose waves are of unlike length would show in its numbers. Notes its batches."""
+
+    marks: str = field(default="", metadata={"identity": False})
+    name: ClassVar[str] = "on-device"
+    accelerated: ClassVar[bool] = True
+    window: ClassVar[tuple[int, int]] = (32000, 160)
+
+    def load(self, device: str) -> Run:
+        def run(waves: list[np.ndarray]) -> list[np.ndarray]:
+            if self.marks:
+                with Path(self.marks).open("a") as file:
+                    file.write(f"{device} {len(waves)}\n")
+            if any(wave.max(initial=0) > 0.99 for wave in waves):
+                raise ValueError("too loud for this device")
+            return [self.of(wave) for wave in waves]
+
+        return run
+
+
+@dataclass(frozen=True)
+class Broken(Mean):
+    """Goes wrong on loud waveforms in the way asked for: raise, nan, short, kill."""
+
+    how: str = "raise"
+    name: ClassVar[str] = "broken"
+
+    def of(self, wave: np.ndarray) -> np.ndarray:
+        frames = super().of(wave)
+        if wave.max(initial=0) < 0.9:
+            return frames
+        if self.how == "raise":
+            raise IndexError("list index out of range")
+        if self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return frames[:len(frames) // 2] if self.how == "short" else frames * np.float32(np.nan)
+
+
+@dataclass(frozen=True)
+class NoPackage(Mean):
+    """Needs what is not installed."""
+
+    name: ClassVar[str] = "no-package"
+
+    def load(self, device: str) -> Run:
+        raise ImportError("no-package needs nonesuch: pip install nonesuch")
+
+
+@dataclass(frozen=True)
+class Loud(Mean):
+    """Stored as int16 with a scale of its own, as waveforms are."""
+
+    name: ClassVar[str] = "loud"
+    kind: ClassVar[str] = "samples"
+    frame_rate: ClassVar[Fraction | None] = Fraction(16000)
+    dtype: ClassVar[str] = "int16"
+    window: ClassVar[tuple[int, int]] = (16000, 0)
+
+    def of(self, wave: np.ndarray) -> np.ndarray:
+        return wave
+
+    @staticmethod
+    def scale_of(peak: float) -> float:
+        return max(1.0, peak) / 32767
+
+    @staticmethod
+    def quantise(block: np.ndarray, scale: float) -> np.ndarray:
+        return np.rint(block / np.float32(scale)).astype(np.int16)
+
+
+@dataclass(frozen=True)
+class Slow(Mean):
+    """Takes its time, so that a run can be stopped in the middle."""
+
+    wait_s: float = 0.05
+    name: ClassVar[str] = "slow"
+
+    def of(self, wave: np.ndarray) -> np.ndarray:
+        import time
+
+        time.sleep(self.wait_s)
+        return super().of(wave)

@@ -1,0 +1,1 @@
+"""Acoustic models and vocoders that consume a store, one package each. torch lives here."""
