@@ -33,6 +33,7 @@ class Extractor(Protocol):
 
     Optional attributes, read with these defaults:
         pad (0.0): what stands beyond the end of a clip that is shorter than a training crop.
+        recorded (the fields): what stands in the identity for the settings, where defaults depend on the weights.
         weights_digest (None): digest of pretrained weights; they enter the identity by it, never by their path.
         window (None): `(core, context)` in samples: longer audio is run in pieces of `core` samples with `context` on
             either side, of which the core's frames are kept. Both must be whole numbers of frames.
@@ -124,6 +125,7 @@ class Spec:
             raise BadRequest(f"{type(extractor).__name__} is not a dataclass: its fields are what is recorded of it")
         settings = {f.name: getattr(extractor, f.name) for f in dataclasses.fields(extractor)
                     if f.metadata.get("identity", True)}
+        settings = dict(getattr(extractor, "recorded", settings))
         window = getattr(extractor, "window", None)
         if window is not None:
             settings["window"] = _whole_frames(extractor, window)

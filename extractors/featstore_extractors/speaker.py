@@ -21,8 +21,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from .imports import required, without_broken_torchaudio
 from .signal import MelContract, mel_filters
-from .weights import file_digest, packaged, required, without_broken_torchaudio
+from .weights import file_digest, packaged
 
 Array = np.ndarray
 Run = Callable[[list[Array]], list[Array]]

@@ -1,25 +1,23 @@
-"""Weights that ship inside other packages, digests of weight files, and three imports that need a hand.
+"""Pretrained weights: where they are, and what their digest is.
 
-Two released packages break imports on an otherwise sound machine: the PyPI build of torchaudio links CUDA libraries and
-raises OSError beside a CPU build of torch, which takes every speech model of transformers down with it; and setuptools
-82 removed pkg_resources, which pyworld and webrtcvad import for nothing but their own version number.
+A request names them (`weights=`) by a file, a folder or a hub id. What enters an identity is the digest of the bytes,
+never the name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
-import sys
-import types
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+import os
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .imports import required
+
 _digests: dict[tuple[str, int, int], str] = {}  # (path, size, mtime in ns) -> sha256, for this process
+_HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin"]
 
 
 def packaged(distribution: str, file: str, extra: str) -> Path:
@@ -40,12 +38,39 @@ def packaged(distribution: str, file: str, extra: str) -> Path:
     return path
 
 
-def required(module: str, extra: str) -> Any:
-    """The imported module; ImportError that names the extra which brings it, where it is not installed."""
+def locate(wanted: str, *, extractor: str, fetch: bool, expected: str) -> Path:
+    """The file or folder that `wanted` names: a path, a path below $FEATSTORE_WEIGHTS, or a hub id.
+
+    fetch: whether a hub id may be downloaded where the hub's cache lacks it (HF_HUB_OFFLINE forbids it too).
+    expected: what must be put there, for the message.
+
+    Raises:
+        FileNotFoundError: if it is nowhere and could not be fetched; says which file to put where.
+    """
+    roots = [Path(), *([Path(os.environ["FEATSTORE_WEIGHTS"])] if os.environ.get("FEATSTORE_WEIGHTS") else [])]
+    for root in roots:
+        path = root / Path(wanted).expanduser()
+        if path.exists():
+            return path
+    hub = required("huggingface_hub", "encoders")
     try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is needed and not installed: pip install 'featstore[{extra}]'") from None
+        return Path(hub.snapshot_download(wanted, allow_patterns=_HUB_FILES, local_files_only=not fetch))
+    except (OSError, ValueError) as error:  # of which all errors of the hub's client are kinds
+        raise FileNotFoundError(f"{extractor}: no weights {wanted!r} on this machine; expected {expected}") from error
+
+
+def tensor_files(path: Path) -> list[Path]:
+    """The files that hold the tensors of a checkpoint: `path` itself, or those of a folder that transformers wrote."""
+    if path.is_file():
+        return [path]
+    for index, single in (("model.safetensors.index.json", "model.safetensors"),
+                          ("pytorch_model.bin.index.json", "pytorch_model.bin")):
+        if (path / index).is_file():
+            return [path / name for name in sorted(set(json.loads((path / index).read_text())["weight_map"].values()))]
+        if (path / single).is_file():
+            return [path / single]
+    raise FileNotFoundError(f"{path} holds no weights: expected model.safetensors or pytorch_model.bin, "
+                            f"found {', '.join(sorted(p.name for p in path.iterdir())) or 'nothing'}")
 
 
 def file_digest(path: Path) -> str:
@@ -58,58 +83,19 @@ def file_digest(path: Path) -> str:
     return _digests[key]
 
 
-def without_broken_torchaudio() -> None:
-    """Makes an installed torchaudio that cannot be imported look absent. Call before the first import of transformers.
+def digest(files: Sequence[Path]) -> str:
+    """The digest of a file, as `sha256sum` prints it; of several, that of their digests in order."""
+    if len(files) == 1:
+        return file_digest(files[0])
+    return "sha256:" + hashlib.sha256(" ".join(map(file_digest, files)).encode()).hexdigest()
 
-    transformers imports torchaudio whenever it is installed and lets its OSError through; with None in `sys.modules` it
-    counts as not installed, and nothing of ours needs it. A torchaudio that works is left alone.
-    """
-    if "torchaudio" in sys.modules or importlib.util.find_spec("torchaudio") is None:
-        return
+
+def json_of(path: Path) -> dict[str, Any]:
+    """A JSON file beside weights (config.json, preprocessor_config.json); ValueError if it is none."""
     try:
-        importlib.import_module("torchaudio")
-    except (OSError, ImportError):
-        _forget("torchaudio")
-        sys.modules["torchaudio"] = None  # type: ignore[assignment]
-
-
-@contextmanager
-def stub_torchaudio() -> Iterator[None]:
-    """While this lasts `import torchaudio` gives an empty module, unless a working one is loaded already.
-
-    For packages that import torchaudio only for their file loader (torchcrepe). Afterwards `sys.modules` is as it was.
-    """
-    before = sys.modules.get("torchaudio", missing := object())
-    if isinstance(before, types.ModuleType):
-        yield
-        return
-    sys.modules["torchaudio"] = types.ModuleType("torchaudio")
-    try:
-        yield
-    finally:
-        _forget("torchaudio")
-        if before is not missing:
-            sys.modules["torchaudio"] = before  # type: ignore[assignment]
-
-
-def with_pkg_resources() -> None:
-    """Makes `import pkg_resources` work and quiet. Call before the first import of pyworld or webrtcvad.
-
-    Where setuptools no longer has it, a stub with the one function they use, `get_distribution(name).version`, takes
-    its place; where it has, it is imported here without its deprecation warning.
-    """
-    if "pkg_resources" in sys.modules:
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            importlib.import_module("pkg_resources")
-    except ImportError:
-        stub = types.ModuleType("pkg_resources")
-        stub.get_distribution = metadata.distribution  # type: ignore[attr-defined]
-        sys.modules["pkg_resources"] = stub
-
-
-def _forget(package: str) -> None:
-    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
-        del sys.modules[name]
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(record).__name__}")
+    return record

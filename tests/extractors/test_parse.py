@@ -19,7 +19,7 @@ import pytest
 import featstore_extractors
 from featstore_extractors import TABLE, RequestError, describe, parse
 from featstore_extractors.signal import Energy, LogMel, Loudness, MelEnergy, Wave
-from featstore_extractors.weights import stub_torchaudio, with_pkg_resources
+from featstore_extractors.imports import stub_torchaudio, with_pkg_resources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -234,7 +234,7 @@ def test_pkg_resources_is_stubbed_where_setuptools_lacks_it(monkeypatch: pytest.
 
 def test_transformers_imports_beside_any_torchaudio() -> None:
     pytest.importorskip("torch")
-    code = ("from featstore_extractors.weights import without_broken_torchaudio as fix; fix();"
+    code = ("from featstore_extractors.imports import without_broken_torchaudio as fix; fix();"
             "from transformers import WavLMForXVector, WhisperModel, HubertModel")
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")

@@ -1,0 +1,257 @@
+"""What all content encoders share: which layers of which weights, in which precision, on which device.
+
+A subclass says what its architecture is (from configuration files alone, without torch where it can) and builds the
+network; requests that differ only in layers, mix, projection or dtype share one forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+
+from . import weights
+from .imports import required
+
+Array = np.ndarray
+Run = Callable[[list[Array]], list[Array]]
+
+SAMPLE_RATE = 16000
+OUTPUT = -1  # in place of a layer's number: what the encoder gives behind its final norm
+LARGEST_HALF = 65504.0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What an encoder is, as its checkpoint says.
+
+    layers: transformer layers. Layer L is the stream after L of them (0: what enters the first), as transformers'
+        `hidden_states[L]` and fairseq's `output_layer=L`.
+    dim: channels of a layer.
+    output: which layer stands for the encoder's output: `layers`, or OUTPUT where the two differ (a stream that is
+        normalised only at the very end).
+    facts: everything else that changes a number and is not in the weights: plain JSON values, part of the identity.
+    """
+
+    layers: int
+    dim: int
+    output: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Network(Protocol):
+    """A loaded encoder on its device."""
+
+    def hidden(self, waves: list[Any], wanted: frozenset[int]) -> tuple[dict[int, Any], list[int]]:
+        """Layers `{layer: (B, T, D)}` of waveforms `(N,)` of unlike lengths, and how many frames of each row count.
+
+        No layer beyond the last wanted is computed. A row's frames do not depend on the other rows.
+        """
+
+    def project(self, layer: Any) -> Any:
+        """(B, T, D) -> (B, T, P) by the checkpoint's own projection."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Base of the content encoders: waveform (N,) at 16 kHz -> (T, D).
+
+    weights: a file, a folder or a hub id; by default that of the preset.
+    layer: a number, a range "9..12" or "" for the encoder's output.
+    mix: what becomes of several layers: their mean, or all of them side by side ("concat").
+    precision: fp32, or bf16 or fp16 for the matrix products (about three digits; faster where the device has them).
+    dtype: as stored; "" takes float16, float32 for the layers of a stream that is not normalised.
+    compile: let torch.compile build the layers: minutes at the start, some percent faster after.
+    """
+
+    weights: str = field(default="", metadata={"identity": False})
+    layer: str = ""
+    mix: Literal["", "mean", "concat"] = ""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Literal["", "float16", "float32"] = ""
+    compile: bool = field(default=False, metadata={"identity": False})
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    kind: ClassVar[str] = "continuous"
+    sample_rate: ClassVar[int] = SAMPLE_RATE
+    accelerated: ClassVar[bool] = True
+    DEFAULT: ClassVar[str] = ""          # the hub id that stands for no `weights`; looked up, never fetched
+    EXPECTED: ClassVar[str] = "a folder with config.json and model.safetensors"  # for messages
+    NORMALISED: ClassVar[bool] = True    # whether every layer ends in a norm, so that half precision holds it
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        asked = _layers(self.layer)
+        if self.mix and len(asked) < 2:
+            raise ValueError(f"mix={self.mix} needs several layers, as in layer=9..12,mix={self.mix}")
+        if len(asked) > 1 and not self.mix:
+            raise ValueError(f"layer={self.layer} are {len(asked)} layers: add mix=mean or mix=concat")
+        if not self.dtype:
+            half = self.NORMALISED or not asked
+            object.__setattr__(self, "dtype", "float16" if half else "float32")
+
+    # What a subclass provides.
+
+    def architecture(self) -> Architecture:
+        """From the configuration beside the weights. FileNotFoundError or ValueError where it is not what it must be."""
+        raise NotImplementedError
+
+    def network(self, device: str) -> Network:
+        """Loaded, in eval mode, on `device`."""
+        raise NotImplementedError
+
+    @property
+    def frame_rate(self) -> Fraction:
+        raise NotImplementedError
+
+    @property
+    def projected(self) -> int:
+        """Channels of the projection that is asked for; 0 for none."""
+        return 0
+
+    def frames(self, samples: int) -> int:
+        """How many frames `samples` samples make; 0 where they are too few."""
+        raise NotImplementedError
+
+    def sharing(self) -> tuple[Any, ...]:
+        """Settings of the subclass that change the forward pass itself."""
+        return ()
+
+    # What follows from it.
+
+    @property
+    def path(self) -> Path:
+        """The file or folder of the weights. FileNotFoundError says what to put where.
+
+        What a preset or a user names may be downloaded; what stands for nothing named may not.
+        """
+        return weights.locate(self.weights or self.DEFAULT, extractor=self.name, fetch=bool(self.weights),
+                              expected=self.EXPECTED)
+
+    @property
+    def weights_digest(self) -> str:
+        """Of the bytes that hold the tensors, as `sha256sum` prints it for one file."""
+        return weights.digest(weights.tensor_files(self.path))
+
+    @property
+    def weights_bytes(self) -> int:
+        """About what a loaded copy takes."""
+        return sum(file.stat().st_size for file in weights.tensor_files(self.path))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers asked for. ValueError for one that the encoder does not have."""
+        found = self.architecture()
+        asked = _layers(self.layer) or (found.output,)
+        if max(asked) > found.layers:
+            raise ValueError(f"{self.name}: {self.path} has layers 0 to {found.layers}, not {max(asked)}")
+        return asked
+
+    @property
+    def dim(self) -> int:
+        if self.projected:
+            return self.projected
+        return self.architecture().dim * (len(self.layers) if self.mix == "concat" else 1)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What stands in the identity for the settings: layers by number, and what the weights' configuration says."""
+        layers = ["output" if layer == OUTPUT else layer for layer in self.layers]
+        return {"layer": layers[0] if len(layers) == 1 else layers, "mix": self.mix, "precision": self.precision,
+                **self.architecture().facts}
+
+    @property
+    def together(self) -> tuple[Any, ...]:
+        """What two requests must have in common to share a forward pass."""
+        return (str(self.path), self.precision, self.compile, *self.sharing())
+
+    def load(self, device: str) -> Run:
+        run = self.load_together([self], device)
+        return lambda waves: run(waves)[0]
+
+    @classmethod
+    def load_together(cls, extractors: Sequence[Encoder], device: str) -> Callable[[list[Array]], list[list[Array]]]:
+        """run(waves) -> one list of arrays per extractor, from one forward pass."""
+        first = extractors[0]
+        network = first.network(device)
+        wanted = frozenset(layer for extractor in extractors for layer in extractor.layers)
+
+        def run(waves: list[Array]) -> list[list[Array]]:
+            first._check(waves)
+            with _computing(device, first.precision):
+                hidden, lengths = network.hidden([_to(device, wave) for wave in waves], wanted)
+                return [extractor._rows(extractor._mixed(network, hidden), lengths) for extractor in extractors]
+
+        return run
+
+    def _check(self, waves: Sequence[Array]) -> None:
+        for wave in waves:
+            if self.frames(len(wave)) < 1:
+                least = next(n for n in range(len(wave), 1 << 20) if self.frames(n))
+                raise ValueError(f"too short: {len(wave)} samples at {SAMPLE_RATE} Hz make no frame of {self.name}, "
+                                 f"{least} do")
+            if not np.isfinite(wave).all():
+                raise ValueError("has samples that are NaN or infinite")
+
+    def _mixed(self, network: Network, hidden: Mapping[int, Any]) -> Any:
+        torch = required("torch", "encoders")
+        found = [hidden[layer].float() for layer in self.layers]
+        mixed = found[0] if len(found) == 1 else (
+            torch.stack(found).mean(dim=0) if self.mix == "mean" else torch.cat(found, dim=-1))
+        return network.project(mixed).float() if self.projected else mixed
+
+    def _rows(self, batch: Any, lengths: Sequence[int]) -> list[Array]:
+        """(B, T, D) on the device -> a (T, D) array of the stored type per row."""
+        torch = required("torch", "encoders")
+        frames = torch.cat([row[:length] for row, length in zip(batch, lengths, strict=True)])
+        peak = float(frames.abs().amax())
+        if not np.isfinite(peak):
+            raise ValueError(f"{self.name} gives NaN or infinite values: the weights of {self.path} are damaged, or "
+                             f"precision={self.precision} is too little for them")
+        if self.dtype == "float16" and peak > LARGEST_HALF:
+            raise ValueError(f"{self.name} reaches {peak:.3g}, more than float16 holds: ask for dtype=float32")
+        stored = frames.to(torch.float16 if self.dtype == "float16" else torch.float32).cpu().numpy()
+        return np.split(stored, np.cumsum(lengths)[:-1])
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """"" -> (), "9" -> (9,), "9..12" -> (9, 10, 11, 12)."""
+    if not text:
+        return ()
+    first, dots, last = text.partition("..")
+    try:
+        low, high = int(first), int(last if dots else first)
+    except ValueError:
+        low, high = 0, -1
+    if not 0 <= low <= high:
+        raise ValueError(f"layer={text}: expected a number such as 12, or a range such as 9..12")
+    return tuple(range(low, high + 1))
+
+
+def _to(device: str, wave: Array) -> Any:
+    """A waveform as a tensor on the device; on its way while the next is made ready."""
+    tensor = required("torch", "encoders").from_numpy(np.ascontiguousarray(wave, np.float32))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else tensor.to(device)
+
+
+@contextlib.contextmanager
+def _computing(device: str, precision: str) -> Iterator[None]:
+    """Inference in the precision asked for; fp32 means it: TF32 is off, in convolutions too."""
+    torch = required("torch", "encoders")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        if device.startswith("cuda"):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+            before = torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cuda.matmul.allow_tf32 = False
+            stack.callback(setattr, torch.backends.cuda.matmul, "allow_tf32", before)
+        if precision != "fp32":
+            kind = torch.bfloat16 if precision == "bf16" else torch.float16
+            stack.enter_context(torch.autocast(torch.device(device).type, kind))
+        yield

@@ -1,0 +1,83 @@
+"""Packages that are imported when first needed, and three that need a hand.
+
+Two released packages break imports on an otherwise sound machine: the PyPI build of torchaudio links CUDA libraries and
+raises OSError beside a CPU build of torch, which takes every speech model of transformers down with it; and setuptools
+82 removed pkg_resources, which pyworld and webrtcvad import for nothing but their own version number.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+
+def required(module: str, extra: str) -> Any:
+    """The imported module; ImportError that names the extra which brings it, where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is needed and not installed: pip install 'featstore[{extra}]'") from None
+
+
+def without_broken_torchaudio() -> None:
+    """Makes an installed torchaudio that cannot be imported look absent. Call before the first import of transformers.
+
+    transformers imports torchaudio whenever it is installed and lets its OSError through; with None in `sys.modules` it
+    counts as not installed, and nothing of ours needs it. A torchaudio that works is left alone.
+    """
+    if "torchaudio" in sys.modules or importlib.util.find_spec("torchaudio") is None:
+        return
+    try:
+        importlib.import_module("torchaudio")
+    except (OSError, ImportError):
+        _forget("torchaudio")
+        sys.modules["torchaudio"] = None  # type: ignore[assignment]
+
+
+@contextmanager
+def stub_torchaudio() -> Iterator[None]:
+    """While this lasts `import torchaudio` gives an empty module, unless a working one is loaded already.
+
+    For packages that import torchaudio only for their file loader (torchcrepe). Afterwards `sys.modules` is as it was.
+    """
+    before = sys.modules.get("torchaudio", missing := object())
+    if isinstance(before, types.ModuleType):
+        yield
+        return
+    sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+    try:
+        yield
+    finally:
+        _forget("torchaudio")
+        if before is not missing:
+            sys.modules["torchaudio"] = before  # type: ignore[assignment]
+
+
+def with_pkg_resources() -> None:
+    """Makes `import pkg_resources` work and quiet. Call before the first import of pyworld or webrtcvad.
+
+    Where setuptools no longer has it, a stub with the one function they use, `get_distribution(name).version`, takes
+    its place; where it has, it is imported here without its deprecation warning.
+    """
+    if "pkg_resources" in sys.modules:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("pkg_resources")
+    except ImportError:
+        stub = types.ModuleType("pkg_resources")
+        stub.get_distribution = metadata.distribution  # type: ignore[attr-defined]
+        sys.modules["pkg_resources"] = stub
+
+
+def _forget(package: str) -> None:
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        del sys.modules[name]
