@@ -99,7 +99,7 @@ class Encoder:
     # What a subclass provides.
 
     def architecture(self) -> Architecture:
-        """From the configuration beside the weights. FileNotFoundError or ValueError where it is not what it must be."""
+        """From the configuration beside the weights; FileNotFoundError or ValueError where there is none to use."""
         raise NotImplementedError
 
     def network(self, device: str) -> Network:

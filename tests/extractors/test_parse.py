@@ -18,8 +18,8 @@ import pytest
 
 import featstore_extractors
 from featstore_extractors import TABLE, RequestError, describe, parse
-from featstore_extractors.signal import Energy, LogMel, Loudness, MelEnergy, Wave
 from featstore_extractors.imports import stub_torchaudio, with_pkg_resources
+from featstore_extractors.signal import Energy, LogMel, Loudness, MelEnergy, Wave
 
 ROOT = Path(__file__).resolve().parents[2]
 

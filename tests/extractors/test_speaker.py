@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from featstore_extractors import parse
-from featstore_extractors.speaker import Speaker, XVector
 from featstore_extractors.imports import with_pkg_resources, without_broken_torchaudio
+from featstore_extractors.speaker import Speaker, XVector
 
 torch = pytest.importorskip("torch", reason="speaker embeddings need torch: featstore[speaker]")
 RECORDINGS = ("ljspeech/LJ001-0019.flac", "vctk_p225/p225_016.flac", "fsdd_lucas/0_lucas_1.flac",
