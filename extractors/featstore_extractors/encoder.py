@@ -184,8 +184,8 @@ class Encoder:
 
         def run(waves: list[Array]) -> list[list[Array]]:
             first._check(waves)
-            with _computing(device, first.precision):
-                hidden, lengths = network.hidden([_to(device, wave) for wave in waves], wanted)
+            with computing(device, first.precision):
+                hidden, lengths = network.hidden([to_device(device, wave) for wave in waves], wanted)
                 return [extractor._rows(extractor._mixed(network, hidden), lengths) for extractor in extractors]
 
         return run
@@ -234,14 +234,14 @@ def _layers(text: str) -> tuple[int, ...]:
     return tuple(range(low, high + 1))
 
 
-def _to(device: str, wave: Array) -> Any:
+def to_device(device: str, wave: Array) -> Any:
     """A waveform as a tensor on the device; on its way while the next is made ready."""
     tensor = required("torch", "encoders").from_numpy(np.ascontiguousarray(wave, np.float32))
     return tensor.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else tensor.to(device)
 
 
 @contextlib.contextmanager
-def _computing(device: str, precision: str) -> Iterator[None]:
+def computing(device: str, precision: str) -> Iterator[None]:
     """Inference in the precision asked for; fp32 means it: TF32 is off, in convolutions too."""
     torch = required("torch", "encoders")
     with contextlib.ExitStack() as stack:
