@@ -38,6 +38,7 @@ TABLE: dict[str, Entry] = {
     "loudness": Entry("featstore_extractors.signal", "Loudness"),
     "wave": Entry("featstore_extractors.signal", "Wave"),
     "speaker": Entry("featstore_extractors.speaker", "Speaker", "speaker"),
+    "whisper": Entry("featstore_extractors.whisper", "Whisper", "encoders"),
 }
 
 
