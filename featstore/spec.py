@@ -35,8 +35,11 @@ class Extractor(Protocol):
         pad (0.0): what stands beyond the end of a clip that is shorter than a training crop.
         recorded (the fields): what stands in the identity for the settings, where defaults depend on the weights.
         weights_digest (None): digest of pretrained weights; they enter the identity by it, never by their path.
-        window (None): `(core, context)` in samples: longer audio is run in pieces of `core` samples with `context` on
-            either side, of which the core's frames are kept. Both must be whole numbers of frames.
+        weights_bytes (0): about what a loaded copy of the weights takes: how many worker processes fit is told by it.
+        window (None): `(core, context)` or `(core, context, longest)` in samples: audio of more than `longest` is run
+            in pieces of `core` samples with `context` on either side, of which the core's frames are kept; the last
+            piece takes all that is left once that fits in `longest`. `core` and `context` must be whole numbers of
+            frames, `longest` at least core + 2 context; where it is not given, see `longest_piece`.
         combine(parts, lengths): for kind "global" with `window`: one array from those of the pieces.
         scale_of(peak), quantise(frames, scale): frames are stored as `quantise` gives them, `scale` beside them, chosen
             from the highest |frame| of the utterance; stored x scale = frames.
@@ -128,7 +131,7 @@ class Spec:
         settings = dict(getattr(extractor, "recorded", settings))
         window = getattr(extractor, "window", None)
         if window is not None:
-            settings["window"] = _whole_frames(extractor, window)
+            settings["window"] = _checked_window(extractor, window)
         settings["audio"] = AUDIO_VERSION
         return cls(made_by=extractor.name, version=extractor.version, kind=extractor.kind,
                    frame_rate=extractor.frame_rate, sample_rate=extractor.sample_rate, centre_s=extractor.centre_s,
@@ -194,12 +197,26 @@ def canonical(value: Any) -> bytes:
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def _whole_frames(extractor: Extractor, window: Sequence[int]) -> list[int]:
+def longest_piece(window: Sequence[int]) -> int:
+    """Samples of the longest piece that a `window` gives: with two parts, two cores and what precedes them."""
+    core, context, *longest = window
+    return longest[0] if longest else max(2 * core + context, core + 2 * context)
+
+
+def _checked_window(extractor: Extractor, window: Sequence[int]) -> list[int]:
+    """The window as it is recorded: as it was given."""
     rate = Fraction(extractor.frame_rate or extractor.sample_rate) / extractor.sample_rate  # frames per sample
-    if len(window) != 2 or any((part * rate).denominator != 1 for part in window):
-        raise BadRequest(f"{extractor.name}: window {tuple(window)}: expected (core, context) in samples, both whole "
-                         f"numbers of frames ({1 / rate} samples each)")
-    return list(window)
+    said = f"{extractor.name}: window {window!r}"
+    if len(window) not in (2, 3) or not all(isinstance(part, int | np.integer) for part in window):
+        raise BadRequest(f"{said}: expected (core, context) or (core, context, longest), whole numbers of samples")
+    core, context = window[:2]
+    if core < 1 or context < 0 or any((int(part) * rate).denominator != 1 for part in (core, context)):
+        raise BadRequest(f"{said}: core and context must be whole numbers of frames ({1 / rate} samples each), core "
+                         "at least one, context not negative")
+    if longest_piece(window) < core + 2 * context:
+        raise BadRequest(f"{said}: a piece of {core} samples with its context has {core + 2 * context}, so longest "
+                         f"must be at least that, not {window[2]}")
+    return [int(part) for part in window]
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import audio, storage
 from .errors import BadAudio, CannotLoad, DiskFull, FeatstoreError
-from .spec import Extractor
+from .spec import Extractor, longest_piece
 
 SPOOL_BYTES = 16 << 20  # frames of one utterance beyond this go to a file, so that memory stays bounded
 BLOCK_S = 20.0          # decoded at a time
@@ -210,13 +210,15 @@ class Piece:
 class Cutter:
     """Cuts a waveform that arrives in blocks into the pieces that an extractor's `window` asks for.
 
-    Audio of at most 2 core + context samples is one piece. Otherwise piece k stands for samples [k core, (k + 1) core)
-    and carries `context` more on either side; the last takes what is left, between one and two cores.
+    Piece k stands for samples [k core, (k + 1) core) and carries `context` more on either side. It is the last, and
+    takes all that is left, if that fits in `longest` together with its left context; audio of at most `longest` samples
+    is one piece. None is longer.
     """
 
     def __init__(self, extractor: Extractor) -> None:
-        window: tuple[int, int] | None = getattr(extractor, "window", None)
-        self.core, self.context = window or (0, 0)
+        window: Sequence[int] | None = getattr(extractor, "window", None)
+        self.core, self.context = window[:2] if window else (0, 0)
+        self.longest = longest_piece(window) if window else 0
         self._rate = extractor.frame_rate / extractor.sample_rate if extractor.frame_rate is not None else 0
         self._held: list[np.ndarray] = []
         self._first = self._seen = self._number = 0  # sample that _held begins with; samples so far; next piece
@@ -225,21 +227,19 @@ class Cutter:
         """The pieces that are complete now."""
         self._held.append(wave)
         self._seen += len(wave)
-        while self.core and self._seen > self._needed():
+        while self.core and self._seen > self._begin() + self.longest:  # it is certain that another follows
             yield self._cut(self._number * self.core, (self._number + 1) * self.core)
             self._number += 1
         if last:
             yield self._cut(self._number * self.core, None)
 
-    def _needed(self) -> int:
-        """A piece may go once it is certain that another follows it: the last has at least one core."""
-        if self._number == 0:
-            return 2 * self.core + self.context
-        return max((self._number + 2) * self.core - 1, (self._number + 1) * self.core + self.context - 1)
+    def _begin(self) -> int:
+        """The sample with which the left context of the next piece begins."""
+        return max(self._number * self.core - self.context, 0)
 
     def _cut(self, start: int, stop: int | None) -> Piece:
         held = self._held[0] if len(self._held) == 1 else np.concatenate(self._held)
-        begin = max(start - self.context, 0)
+        begin = self._begin()
         wave = held[begin - self._first:None if stop is None else stop + self.context - self._first]
         if stop is not None:
             keep = max(stop - self.context, 0)

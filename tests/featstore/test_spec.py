@@ -95,6 +95,23 @@ def test_spec_of_an_extractor_records_its_fields_and_weights_but_not_its_paths()
     assert spec.settings == {"bands": 100, "rates": ["1/3"], "audio": 1} and spec.weights == "abc" and spec.dim == 100
 
 
+def test_recorded_stands_in_for_the_fields_and_takes_no_weights_bytes():
+    @dataclass(frozen=True)
+    class Encoder(Mel):
+        layer: str = ""  # the last one, whichever that is
+        weights_bytes: ClassVar[int] = 1 << 30
+        window: ClassVar[tuple[int, int, int]] = (320, 320, 960)
+
+        @property
+        def recorded(self):
+            return {"layer": int(self.layer or 12)}
+
+    assert Spec.of(Encoder()).settings == {"layer": 12, "window": [320, 320, 960], "audio": 1}
+    assert Spec.of(Encoder()).identity == Spec.of(Encoder(layer="12")).identity
+    assert Spec.of(Encoder(bands=100)).differs(Spec.of(Encoder())) == {"dim": (100, 80)}
+    assert Spec.of(Encoder(layer="9")).differs(Spec.of(Encoder())) == {"layer": (9, 12)}
+
+
 def test_extractor_without_a_version_is_refused():
     @dataclass(frozen=True)
     class Nameless:
