@@ -180,13 +180,15 @@ class Encoder:
         """run(waves) -> one list of arrays per extractor, from one forward pass."""
         first = extractors[0]
         network = first.network(device)
-        wanted = frozenset(layer for extractor in extractors for layer in extractor.layers)
+        layers = [extractor.layers for extractor in extractors]  # once: this may look a hub id up
+        wanted = frozenset(number for numbers in layers for number in numbers)
 
         def run(waves: list[Array]) -> list[list[Array]]:
             first._check(waves)
             with computing(device, first.precision):
                 hidden, lengths = network.hidden([to_device(device, wave) for wave in waves], wanted)
-                return [extractor._rows(extractor._mixed(network, hidden), lengths) for extractor in extractors]
+                return [extractor._rows(extractor._mixed(network, [hidden[number] for number in numbers]), lengths)
+                        for extractor, numbers in zip(extractors, layers, strict=True)]
 
         return run
 
@@ -199,9 +201,9 @@ class Encoder:
             if not np.isfinite(wave).all():
                 raise ValueError("has samples that are NaN or infinite")
 
-    def _mixed(self, network: Network, hidden: Mapping[int, Any]) -> Any:
+    def _mixed(self, network: Network, layers: Sequence[Any]) -> Any:
         torch = required("torch", "encoders")
-        found = [hidden[layer].float() for layer in self.layers]
+        found = [layer.float() for layer in layers]
         mixed = found[0] if len(found) == 1 else (
             torch.stack(found).mean(dim=0) if self.mix == "mean" else torch.cat(found, dim=-1))
         return network.project(mixed).float() if self.projected else mixed
