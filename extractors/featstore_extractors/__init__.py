@@ -39,6 +39,10 @@ TABLE: dict[str, Entry] = {
     "wave": Entry("featstore_extractors.signal", "Wave"),
     "speaker": Entry("featstore_extractors.speaker", "Speaker", "speaker"),
     "whisper": Entry("featstore_extractors.whisper", "Whisper", "encoders"),
+    "contentvec": Entry("featstore_extractors.hubert", "ContentVec", "encoders"),
+    "hubert": Entry("featstore_extractors.hubert", "Hubert", "encoders"),
+    "wav2vec2": Entry("featstore_extractors.hubert", "Wav2Vec2", "encoders"),
+    "wavlm": Entry("featstore_extractors.hubert", "WavLM", "encoders"),
 }
 
 
