@@ -43,6 +43,7 @@ TABLE: dict[str, Entry] = {
     "hubert": Entry("featstore_extractors.hubert", "Hubert", "encoders"),
     "wav2vec2": Entry("featstore_extractors.hubert", "Wav2Vec2", "encoders"),
     "wavlm": Entry("featstore_extractors.hubert", "WavLM", "encoders"),
+    "wenet": Entry("featstore_extractors.wenet", "WeNet", "encoders"),
 }
 
 
