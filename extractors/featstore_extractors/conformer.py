@@ -232,7 +232,8 @@ class Conformer(nn.Module):
         """Layers `{layer: (B, T', D)}` of filter banks (B, T, mels); the first `lengths` of T' count."""
         if self.global_cmvn is not None:
             features = self.global_cmvn(features)
-        x, table = self._placed(self.embed(features))
+        # The stream is of full precision whatever the products are: at bf16 that halves what layers add up to.
+        x, table = self._placed(self.embed(features).float())
         padding, mask = self._masks(x.shape[1], lengths, x.device)
         found = {0: x} if 0 in wanted else {}
         last = len(self.encoders)
