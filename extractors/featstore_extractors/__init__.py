@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 import re
 import types
 from collections.abc import Mapping
@@ -158,8 +159,9 @@ def _build(cls: Any, request: str, preset: str | None, pairs: list[str]) -> Any:
         raise
     except ValueError as error:
         raise RequestError(f"{request}: {error}") from error
+    missing = dataclasses.MISSING
     for attribute in REQUIRED:
-        if not hasattr(extractor, attribute):
+        if inspect.getattr_static(extractor, attribute, missing) is missing:  # hasattr would look weights up for `dim`
             raise RequestError(f"{request}: {type(extractor).__name__} has no {attribute!r}; an extractor states "
                                f"{', '.join(REQUIRED[:-1])} and has load(device)")
     return extractor
