@@ -166,7 +166,8 @@ class Network:
 
 def _layer(layer: Any, x: Any, rows: int, mask: Any) -> Any:
     """The first `rows` frames behind a layer: x (B, T, D) -> (B, rows, D); every frame is heard (as key and value)."""
-    attend = required("torch", "encoders").nn.functional.scaled_dot_product_attention
+    from torch.nn.functional import scaled_dot_product_attention as attend  # what torch.compile can look through
+
     attention = layer.self_attn
     normed = layer.self_attn_layer_norm(x)
 
