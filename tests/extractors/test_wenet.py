@@ -281,3 +281,281 @@ def test_every_layer_equals_literal_loops_alone_and_in_a_batch(kind, chunk, tmp_
         for layer, right in enumerate(expected):
             for ours in (together[layer][row], alone[layer][0]):
                 np.testing.assert_allclose(ours, right, rtol=0, atol=1e-5 * np.abs(right).max())
+
+
+# Frames: how many, where, and what they depend on
+
+
+@pytest.mark.parametrize("tail", [0, 160])
+@pytest.mark.parametrize("input_layer", ["conv2d", "conv2d6", "conv2d8"])
+def test_frames_are_counted_exactly(input_layer, tail, tmp_path, speech):
+    extractor = WeNet(weights=str(wenet_folder(tmp_path, input_layer=input_layer, layers=1)), tail=tail)
+    lengths = list(range(5000, 5000 + 1400, 79))
+    arrays = extractor.load("cpu")([speech[:length] for length in lengths])
+    assert [len(array) for array in arrays] == [extractor.frames(length) for length in lengths]
+
+
+@pytest.mark.parametrize(("input_layer", "hop", "centre"), [("conv2d", 640, 680), ("conv2d6", 960, 1000),
+                                                            ("conv2d8", 1280, 1320)])
+def test_a_frame_is_centred_on_the_samples_it_sees(input_layer, hop, centre, tmp_path, speech):
+    extractor = WeNet(weights=str(wenet_folder(tmp_path, input_layer=input_layer)))
+    assert extractor.frame_rate == Fraction(RATE, hop) and extractor.centre_s == Fraction(centre, RATE)
+    wave = torch.from_numpy(speech[20000:40000].copy()).requires_grad_()
+    hidden, [length] = extractor.network("cpu").hidden([wave], frozenset({0}))
+    for frame in (0, 3, length - 1):
+        seen = torch.autograd.grad(hidden[0][0, frame].abs().sum(), wave, retain_graph=True)[0].nonzero()
+        first, last = int(seen.min()), int(seen.max())
+        assert (first + last + 1) / 2 == frame * hop + centre
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_a_row_does_not_depend_on_its_batch_mates(causal, chunk, tmp_path, speech):
+    wenet_folder(tmp_path, causal=causal, cnn_module_norm="batch_norm", seed=3)
+    waves = [speech[:1360], speech, speech[9000:40000], speech[:8000], 0 * speech[:20000]]
+    for wave, together in zip(waves, of(tmp_path, *waves, chunk=chunk), strict=True):
+        [alone] = of(tmp_path, wave, chunk=chunk)
+        np.testing.assert_allclose(together, alone, rtol=0, atol=2e-5 * np.abs(alone).max())
+
+
+def test_chunks_hide_what_comes_after_them(folder, speech):
+    [whole], [part] = of(folder, speech, chunk=8), of(folder, speech[:31000], chunk=8)
+    sure = len(part) // 8 * 8
+    assert sure > 30
+    np.testing.assert_allclose(part[:sure], whole[:sure], rtol=0, atol=2e-5 * np.abs(whole).max())
+    [full], [large] = of(folder, speech), of(folder, speech, chunk=1000)
+    np.testing.assert_array_equal(full, large)
+    assert np.abs(full - whole).max() > 0.01
+
+
+@pytest.mark.parametrize(("settings", "window"), [
+    ({}, (384000, 46080, 480000)),
+    ({"chunk": 16}, (37 * 10240, 5 * 10240, 47 * 10240)),
+    ({"chunk": 500}, (320000, 320000, 960000)),
+])
+@pytest.mark.parametrize("input_layer", ["conv2d", "conv2d6", "conv2d8"])
+def test_windows_are_whole_frames_and_whole_chunks(input_layer, settings, window, tmp_path):
+    extractor = WeNet(weights=str(wenet_folder(tmp_path, input_layer=input_layer, layers=1)), **settings)
+    core, context, longest = extractor.window
+    unit = RATE / extractor.frame_rate * max(extractor.chunk, 1)
+    assert core % unit == 0 == context % unit and longest >= core + 2 * context and context >= 2.88 * RATE
+    if input_layer == "conv2d":
+        assert (core, context, longest) == window
+    assert Spec.of(extractor).settings["window"] == [core, context, longest]
+
+
+def windowed(extractor: WeNet, wave: np.ndarray) -> np.ndarray:
+    """Piece by piece, as the engine does with what is longer than the longest piece."""
+    core, context, longest = extractor.window
+    hop, run, found = int(RATE / extractor.frame_rate), extractor.load("cpu"), []
+    for start in range(0, len(wave), core):
+        begin = max(start - context, 0)
+        last = len(wave) - begin <= longest
+        [frames] = run([wave[begin:None if last else start + core + context]])
+        found.append(frames[(start - begin) // hop:None if last else (start + core - begin) // hop])
+        if last:
+            break
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("settings", [{}, {"chunk": 16}], ids=str)
+def test_a_recording_beyond_wenets_200_s_is_computed_whole_and_in_windows(settings, folder, speech):
+    song = np.tile(speech, 50)[: 210 * RATE]
+    for layer, bound in (("0", 1e-5), ("", math.inf)):  # attention counts positions from where a window begins
+        extractor = WeNet(weights=str(folder), dtype="float32", layer=layer, **settings)
+        [whole], pieces = extractor.load("cpu")([song]), windowed(extractor, song)
+        assert len(whole) == len(pieces) == extractor.frames(len(song)) == 5248
+        assert np.isfinite(whole).all()
+        assert np.abs(whole - pieces).max() <= bound * np.abs(whole).max()
+
+
+def test_what_is_too_short_says_how_much_is_enough(folder, speech):
+    run = WeNet(weights=str(folder)).load("cpu")
+    for samples in (1, 399, 1359):
+        with pytest.raises(ValueError, match=f"too short: {samples} samples at 16000 Hz .* of wenet, 1360 do"):
+            run([speech[:samples]])
+    assert run([speech[:1360]])[0].shape == (1, 32)
+    assert WeNet(weights=str(folder), tail=160).load("cpu")([speech[:1200]])[0].shape == (1, 32)
+
+
+def test_silence_has_finite_features(folder):
+    [frames] = WeNet(weights=str(folder)).load("cpu")([np.zeros(RATE, np.float32)])
+    assert frames.shape == (23, 32) and np.isfinite(frames).all()
+
+
+# Settings and identity
+
+
+def test_a_request_names_folder_layers_and_preset(folder):
+    extractor = parse(f"wenet:amphion,weights={folder},layer=0..2,mix=mean,chunk=4")["wenet"]
+    assert (extractor.tail, extractor.chunk, extractor.layers, extractor.dim) == (160, 4, (0, 1, 2), 32)
+
+
+@pytest.mark.parametrize("setting", ["chunk", "tail"])
+def test_settings_below_zero_are_refused(setting):
+    with pytest.raises(ValueError, match=f"{setting}=-1: expected a number of (frames|samples), 0 or more"):
+        WeNet(**{setting: -1})
+
+
+def test_layers_beyond_the_one_wanted_are_not_computed(copied, speech):
+    retensor(copied, lambda tensors: tensors["encoder.encoders.1.norm_ff.weight"].fill_(torch.nan))
+    assert np.isfinite(of(copied, speech, layer="1")[0]).all()
+    with pytest.raises(ValueError, match="wenet gives NaN or infinite values"):
+        of(copied, speech)
+
+
+def test_bf16_is_close(folder, speech):
+    [exact], [rough] = of(folder, speech), of(folder, speech, precision="bf16")
+    assert 0 < np.linalg.norm(exact - rough) / np.linalg.norm(exact) < 0.02
+
+
+def test_the_identity_is_in_weights_and_settings_and_not_in_the_place(folder, copied):
+    def spec(place: Path, **settings: Any) -> Spec:
+        return Spec.of(WeNet(weights=str(place), **settings))
+
+    here = spec(folder)
+    assert spec(copied).identity == here.identity == spec(copied / "final.pt").identity
+    assert spec(folder, chunk=4).differs(here) == {"chunk": (4, 0)}  # of which 24 and 2.88 s are whole numbers
+    assert spec(folder, tail=160).differs(here) == {"tail": (160, 0)}
+    (copied / "global_cmvn").unlink()  # the weights have what it says
+    assert spec(copied).identity == here.identity
+    retensor(copied, lambda tensors: tensors["encoder.after_norm.bias"].add_(1))
+    assert spec(copied).differs(here).keys() == {"weights"}
+
+
+def test_what_the_yaml_says_of_the_architecture_is_in_the_identity(copied):
+    before = Spec.of(WeNet(weights=str(copied)))
+    set_conf(copied, causal=False, attention_heads=2, dropout_rate=0.3)
+    assert Spec.of(WeNet(weights=str(copied))).differs(before).keys() == {"causal", "attention_heads"}
+
+
+def test_both_styles_of_the_yaml_say_the_same(folder, tmp_path):
+    new = wenet_folder(tmp_path, style="new")
+    assert Spec.of(WeNet(weights=str(new))).identity == Spec.of(WeNet(weights=str(folder))).identity
+
+
+def test_statistics_come_from_the_weights_from_json_or_from_kaldis_text(folder, tmp_path, speech):
+    [expected] = of(folder, speech)
+    digests = {WeNet(weights=str(folder)).weights_digest}
+    for kind in ("json", "kaldi"):
+        for style in ("old", "new"):
+            other = wenet_folder(tmp_path / kind / style, statistics=kind, style=style)
+            np.testing.assert_allclose(of(other, speech)[0], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+            digests.add(WeNet(weights=str(other)).weights_digest)
+    assert len(digests) == 3  # taken from a file of their own, the statistics are part of what made the numbers
+
+
+def test_a_model_trained_without_statistics_goes_without(tmp_path, speech):
+    wenet_folder(tmp_path, statistics="json")
+    edit(tmp_path, lambda record: record.update(cmvn_file=None))
+    (tmp_path / "global_cmvn").unlink()
+    assert np.isfinite(of(tmp_path, speech)[0]).all()
+
+
+def test_a_static_chunk_is_heeded_and_another_refused(copied, speech):
+    set_conf(copied, use_dynamic_chunk=True)
+    [expected] = of(copied, speech, chunk=6)
+    set_conf(copied, use_dynamic_chunk=False, static_chunk_size=6)
+    np.testing.assert_array_equal(of(copied, speech)[0], expected)
+    with pytest.raises(ValueError, match=r"chunk=8: .*use_dynamic_chunk: false and static_chunk_size: 6.*chunk=6"):
+        of(copied, speech, chunk=8)
+
+
+# Refusals
+
+
+def test_a_folder_that_lacks_a_file_says_which(copied, speech):
+    (copied / "final.pt").rename(copied / "avg_10.pt")
+    assert of(copied / "avg_10.pt", speech)[0].shape[1] == 32
+    with pytest.raises(FileNotFoundError, match=r"has no final\.pt; expected a folder with final\.pt, train\.yaml"):
+        of(copied, speech)
+    (copied / "train.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"avg_10\.pt has no train\.yaml beside it; expected a folder with"):
+        of(copied / "avg_10.pt", speech)
+
+
+def test_statistics_that_are_nowhere_are_missed(tmp_path, speech):
+    (wenet_folder(tmp_path, statistics="json") / "global_cmvn").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no encoder\.global_cmvn\.mean, and .*/global_cmvn does not"):
+        of(tmp_path, speech)
+
+
+@pytest.mark.parametrize("text", ["", "[ 1 2 3 0 ]", '{"mean_stat": [1], "var_stat": [1]}', "{", "\x00BFM"])
+def test_statistics_of_another_form_are_refused(text, tmp_path, speech):
+    (wenet_folder(tmp_path, statistics="json") / "global_cmvn").write_text(text)
+    with pytest.raises(ValueError, match=r"global_cmvn: (expected statistics as JSON with mean_stat|has . sums)"):
+        of(tmp_path, speech)
+
+
+@pytest.mark.parametrize(("field", "value", "supported"), [
+    ("input_layer", "conv1d2", '"conv2d", "conv2d6", "conv2d8"'), ("pos_enc_layer_type", "rope_pos", '"rel_pos"'),
+    ("selfattention_layer_type", "shaw_rel_selfattn", '"rel_selfattn"'), ("activation_type", "hardtanh", '"swish"'),
+    ("cnn_module_norm", "rms_norm", '"batch_norm", "layer_norm"'), ("normalize_before", False, "true"),
+    ("use_cnn_module", False, "true"), ("norm_eps", "1e-6", "1e-05"), ("key_bias", False, "true"),
+    ("mlp_type", "moe", '"position_wise_feed_forward"'),
+])
+def test_what_is_not_supported_is_named_with_what_is(field, value, supported, copied):
+    set_conf(copied, **{field: value})
+    with pytest.raises(ValueError, match=rf"yaml: encoder_conf\.{field}: .* is not supported; supported: {supported}"):
+        WeNet(weights=str(copied)).architecture()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda r: r.update(encoder="squeezeformer"), r'encoder: squeezeformer is not supported; supported: "conformer"'),
+    (lambda r: r["encoder_conf"].update(stride_kernel=3), r"encoder_conf\.stride_kernel: 3 is not known here; known"),
+    (lambda r: r["encoder_conf"].update(num_blocks="12"), r"encoder_conf\.num_blocks: 12: expected a whole number"),
+    (lambda r: r["encoder_conf"].update(attention_heads=5), "output_size: 32 is no multiple of attention_heads: 5"),
+    (lambda r: r["encoder_conf"].update(causal=False, cnn_module_kernel=8), "cnn_module_kernel: 8 must be odd"),
+    (lambda r: r["encoder_conf"].update(selfattention_layer_type="selfattn"), "rel_pos needs selfattention_layer_type"),
+    (lambda r: r["dataset_conf"].update(feats_type="log_mel_spectrogram"), r"dataset_conf\.feats_type: log_mel"),
+    (lambda r: r["dataset_conf"]["resample_conf"].update(resample_rate=8000), r"resample_rate: 8000 is not supported"),
+    (lambda r: r["dataset_conf"]["fbank_conf"].update(frame_shift=12), r"fbank_conf\.frame_shift: 12 is not supp"),
+    (lambda r: r.update(input_dim=83), "input_dim: 83 is not supported; supported: 80"),
+    (lambda r: r.pop("encoder_conf"), r"is no train\.yaml of WeNet: it has no encoder_conf"),
+])
+def test_a_yaml_that_does_not_fit_is_refused(change, message, copied):
+    edit(copied, change)
+    with pytest.raises(ValueError, match=r"train\.yaml.*" + message):
+        WeNet(weights=str(copied)).architecture()
+
+
+@pytest.mark.parametrize("text", ["a: [", "just words", "!!python/object/apply:os.system ['false']"])
+def test_what_is_no_yaml_or_would_run_code_is_refused(text, copied):
+    (copied / "train.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"train\.yaml is (not YAML|no train\.yaml of WeNet)"):
+        WeNet(weights=str(copied)).architecture()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.pop("encoder.encoders.1.norm_mha.bias"), r"1 missing \(encoder\.encoders\.1\.norm_mha\.bias\)"),
+    (lambda t: t.pop("encoder.encoders.1.self_attn.linear_pos.weight"), r"1 missing \(encoder\.encoders\.1\.self_attn"),
+    (lambda t: t.update({"encoder.extra": torch.zeros(2)}), r"1 unexpected \(encoder\.extra\)"),
+    (lambda t: t.update({"predictor.bias": torch.zeros(2)}), r"1 unexpected \(predictor\.bias\)"),
+    (lambda t: t.update({"encoder.after_norm.bias": torch.zeros(3)}), r"after_norm\.bias \(3,\) instead of \(32,\)"),
+    (lambda t: t.update({"epoch": 7}), r"is no final\.pt of WeNet, which holds tensors by their names"),
+])
+def test_tensors_that_do_not_fit_are_named(change, message, copied, speech):
+    retensor(copied, change)
+    with pytest.raises(ValueError, match=message):
+        of(copied, speech)
+
+
+def test_a_truncated_or_wrong_final_pt_is_refused(copied, speech):
+    whole = (copied / "final.pt").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"a letter to the editor"):
+        (copied / "final.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"final\.pt cannot be read as a checkpoint"):
+            of(copied, speech)
+
+
+def test_no_weights_named_says_which_files_to_put_where(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FEATSTORE_WEIGHTS", raising=False)
+    with pytest.raises(FileNotFoundError, match=r"(?s)wenet: no weights .*final\.pt, train\.yaml and global_cmvn"):
+        _ = parse("wenet:amphion")["wenet"].path
+
+
+@pytest.mark.slow
+def test_compiled_it_gives_the_same(folder, speech):
+    [plain], [compiled] = of(folder, speech), of(folder, speech, compile=True)
+    np.testing.assert_allclose(compiled, plain, rtol=0, atol=2e-5 * np.abs(plain).max())
