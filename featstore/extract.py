@@ -11,20 +11,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import storage
+import numpy as np
+
+from . import memory, storage
 from .corpus import Corpus
+from .devices import Devices, names_of
 from .errors import BadRequest, DiskFull, FeatstoreError
 from .plan import Failure, Plan, plan, record_of, stamp
 from .spec import Extractor
 from .store import COMMIT_S, Store
-from .work import Batcher, Frames, Made, Task, Workbench, start, work
+from .work import Frames, Made, Task, Workbench, passes, start, work
 from .writer import Writer
 
 AHEAD = 2           # bundles of tasks under way per worker
@@ -79,8 +82,9 @@ def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *
     """Bring `extractors`' features of all utterances up to date; what is fresh is left alone.
 
     replace: give names that stand for other settings to these; the old ones are served until all is done.
-    device: where extractors that gain from it run ("cpu", "cuda:0", ...).
-    workers: processes that decode and extract; None for one per core, 0 for none beside this one.
+    device: where extractors that gain from it run: "cpu", "cuda", "cuda:0,1", "mps".
+    workers: processes that decode and extract; None for one per core, or as many as the encoders' weights leave room
+        for; 0 for none beside this one.
     allow_failures: utterances (or a share such as "5%") that may fail with `Report.ok` still true.
     strict: stop at the first failure.
     rehash: do not trust files' sizes and times.
@@ -92,8 +96,9 @@ def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *
     Raises:
         IdentityMismatch: a name stands for other settings and `replace` is not given; before any work.
         DiskFull: the disk cannot suffice (before any work), or did not.
-        CannotLoad: an extractor's package or weights are missing.
+        CannotLoad: an extractor's package or weights are missing, or the device is.
     """
+    devices = names_of(device)
     allowed = allowance(allow_failures, len(corpus))
     store.refresh()
     known = failures(store)
@@ -102,7 +107,7 @@ def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *
         raise DiskFull(f"{store.path} needs about {todo.bytes_needed / 1e9:.2f} GB more and "
                        f"{todo.bytes_free / 1e9:.2f} GB are free. Nothing was written; free some room or put the store "
                        "on another disk.")
-    run = _Run(todo, store, extractors, device, _workers(workers, extractors), commit_every_s, strict, progress)
+    run = _Run(todo, store, extractors, devices, _workers(workers, extractors), commit_every_s, strict, progress)
     report = run.go(replace)
     remember(store, known, report.failures)
     report.ok = len({failure.utterance for failure in report.failures}) <= allowed
@@ -143,19 +148,49 @@ def remember(store: Store, before: list[Failure], now: list[Failure]) -> None:
             file.write("".join(lines))
 
 
-class _Run:
-    """One extraction: its plan, its workers, its writer."""
+class _Tally:
+    """What part of an utterance each round does. `done`: utterances, with those of which some rounds are done."""
 
-    def __init__(self, todo: Plan, store: Store, extractors: Mapping[str, Extractor], device: str, workers: int,
-                 commit_every_s: float, strict: bool, progress: Callable[[Progress], None] | None) -> None:
-        self.plan, self.store, self.extractors, self.device = todo, store, extractors, device
-        self.workers, self.strict, self.progress = workers, strict, progress
+    def __init__(self, todo: Plan, rounds: Sequence[memory.Round]) -> None:
+        self.done = 0.0
+        self._rounds: dict[str, int] = {}
+        if len(rounds) > 1:
+            columns = [[list(todo.features).index(name) for name in one.names] for one in rounds]
+            counts = np.sum([todo.todo[:, some].any(axis=1) for some in columns], axis=0)
+            self._rounds = {todo.corpus.utterances[i].key: int(counts[i]) for i in np.flatnonzero(counts)}
+        self._left = dict(self._rounds)
+
+    def left(self, tasks: Iterator[Task]) -> Iterator[Task]:
+        """The tasks of utterances whose recordings could be used so far."""
+        return (task for task in tasks if self._left.get(task.key, 1))
+
+    def count(self, key: str, failed: bool) -> tuple[bool, float, bool]:
+        """One round more of an utterance: whether it is the first, what part of all, whether it is the last."""
+        rounds, left = self._rounds.get(key, 1), self._left.get(key, 1)
+        now = left if failed else 1
+        self.done += now / rounds
+        if rounds > 1:
+            self._left[key] = left - now
+        return left == rounds, now / rounds, left == now
+
+
+class _Run:
+    """One extraction: its plan, its rounds of workers, its devices, its writer."""
+
+    def __init__(self, todo: Plan, store: Store, extractors: Mapping[str, Extractor], devices: list[str],
+                 workers: int | None, commit_every_s: float, strict: bool,
+                 progress: Callable[[Progress], None] | None) -> None:
+        self.plan, self.store, self.strict, self.progress = todo, store, strict, progress
+        self.extractors = {name: extractors[name] for name, item in todo.features.items() if item.todo}
         self.commit_every_s = commit_every_s
         self.spool = store.path / "spool" / storage.new_id()
-        self.deferred = [name for name, extractor in extractors.items()
-                         if device != "cpu" and getattr(extractor, "accelerated", False)]
         self.utterances = {utterance.key: utterance for utterance in todo.corpus.utterances}
         self.total = int(todo.todo.any(axis=1).sum())
+        deferred = {name: extractor for name, extractor in self.extractors.items()
+                    if devices != ["cpu"] and getattr(extractor, "accelerated", False)}
+        self.devices = Devices(deferred, devices, self.spool, self._idle) if deferred else None
+        self.rounds = _rounds(self.extractors, deferred, workers, self.total)
+        self.tally = _Tally(todo, self.rounds)
         self.report = Report(utterances=todo.utterances, fresh=todo.utterances - self.total)
         self.began = time.monotonic()
         self.stopping = self.aborted = False
@@ -164,26 +199,32 @@ class _Run:
     def go(self, replace: bool) -> Report:
         for problem in self.plan.corpus.problems:
             self.report.failures.append(Failure(problem.path, None, problem.path, problem.reason))
-        with self.store.writer(commit_every_s=self.commit_every_s, provenance=provenance()) as writer:
-            self.writer = writer
-            for item in self.plan.features.values():
-                if item.todo or item.moves:
-                    writer.declare(item.name, item.spec, replace=replace)
-            self._renew(writer)
-            with self._interruptible():
-                try:
-                    for made in self._on_device(self._made()):
-                        self._keep(writer, made)
-                        self._tell()
-                        if self.strict and self.report.failures:
-                            self.stopping = True
-                finally:
-                    self._clear_spool()
-            complete = not self.stopping
-            writer.close(moved=complete)
+        with self.devices or contextlib.nullcontext():
+            if self.devices is not None:
+                self.devices.load()  # before anything is written
+            with self.store.writer(commit_every_s=self.commit_every_s, provenance=provenance()) as writer:
+                self.writer = writer
+                for item in self.plan.features.values():
+                    if item.todo or item.moves:
+                        writer.declare(item.name, item.spec, replace=replace)
+                self._renew(writer)
+                with self._interruptible():
+                    try:
+                        for one in self.rounds:
+                            self._go_round(writer, one)
+                    finally:
+                        self._clear_spool()
+                writer.close(moved=not self.stopping)
         self.report.elapsed_s = time.monotonic() - self.began
         self._tell(last=True)
         return self.report
+
+    def _go_round(self, writer: Writer, one: memory.Round) -> None:
+        for made in self._on_devices(self._made(one)):
+            self._keep(writer, made)
+            self._tell()
+            if self.strict and self.report.failures:
+                self.stopping = True
 
     def _renew(self, writer: Writer) -> None:
         """Records of utterances whose text, speaker, place or time changed, but not their audio."""
@@ -199,14 +240,15 @@ class _Run:
         key = made.task.key
         for name, reason in made.failures.items():
             self.report.failures.append(Failure(key, name, made.task.path, reason))
-        self.report.done += 1
+        first, share, last = self.tally.count(key, failed=None in made.failures)
+        self.report.done += last
         if None in made.failures:
             return
         corpus, utterance = self.plan.corpus, self.utterances[key]
         seconds = made.facts["duration_s"]
         mark = stamp(utterance, made.task.path, made.size, made.mtime_ns) if made.settled else 0
         held = writer.snapshot.utterances.index.find(key)
-        if held is None or held["source"].tobytes() != made.source or int(held["stamp"]) != mark:
+        if first and (held is None or held["source"].tobytes() != made.source or int(held["stamp"]) != mark):
             writer.utterance(record_of(corpus, utterance, made.facts), source=made.source, stamp=mark, seconds=seconds)
         for name, frames in made.frames.items():
             try:
@@ -218,8 +260,8 @@ class _Run:
                 self.report.failures.append(Failure(key, name, made.task.path, reason))
             finally:
                 frames.drop()
-        self.report.audio_s += seconds
-        for flag in made.facts["flags"]:
+        self.report.audio_s += seconds * share
+        for flag in made.facts["flags"] if first else ():
             self.report.flags.setdefault(flag, []).append(key)
 
     def _write(self, writer: Writer, key: str, name: str, frames: Frames) -> None:
@@ -231,63 +273,73 @@ class _Run:
         scale = float(extractor.scale_of(frames.peak))
         writer.write(key, name, (extractor.quantise(block, scale) for block in frames.blocks()), scale=scale)
 
-    def _on_device(self, results: Iterator[Made]) -> Iterator[Made]:
-        """Run deferred extractors over what the workers decoded, in batches."""
-        if not self.deferred:
-            yield from results
-            return
-        batcher = Batcher(Workbench(self.extractors, self.device, self.spool, self.deferred))
+    def _on_devices(self, results: Iterator[Made | None]) -> Iterator[Made]:
+        """Run deferred extractors over what the workers decoded. None: nothing new from these."""
         for made in results:
-            yield from batcher.add(made)
-        yield from batcher.flush()
+            if self.devices is None:
+                if made is not None:
+                    yield made
+                continue
+            if made is not None:
+                self.devices.add(made)
+            yield from self.devices.finished()
+        if self.devices is not None:
+            yield from self.devices.rest()
 
-    def _made(self) -> Iterator[Made]:
+    def _made(self, one: memory.Round) -> Iterator[Made | None]:
         if self.total == 0:
             return
-        if self.workers == 0:
-            bench = Workbench(self.extractors, "cpu", self.spool, self.deferred)
-            for task in self.plan.tasks():
+        extractors = {name: self.extractors[name] for name in one.names}
+        deferred = tuple(self.devices.extractors) if self.devices is not None else ()
+        tasks = self.tally.left(self.plan.tasks(one.names))
+        if one.workers == 0:
+            bench = Workbench(extractors, "cpu", self.spool, deferred)
+            for task in tasks:
                 if self.stopping:
                     return
                 yield bench.make(task)
             return
-        bundles = _bundles(self.plan.tasks())
+        bundles, begin = _bundles(tasks), (extractors, self.spool, deferred, one.threads)
         while True:
             suspects: list[Task] = []
-            yield from self._through_pool(bundles, self.workers * AHEAD, suspects)
+            yield from self._through_pool(begin, min(one.workers, self.total), bundles, one.workers * AHEAD, suspects)
             if not suspects:
                 return
             for task in suspects:  # a worker died: each task that was under way alone, to find the one that kills
                 again: list[Task] = []
-                yield from self._through_pool(iter([[task]]), 1, again)
+                yield from self._through_pool(begin, 1, iter([[task]]), 1, again)
                 if again:
                     yield Made(task, failures={None: "a worker process died on it twice (out of memory, or a crash "
                                                      "in a decoder or extractor)"})
+    def _through_pool(self, begin: tuple[Any, ...], workers: int, bundles: Iterator[list[Task]], ahead: int,
+                      suspects: list[Task]) -> Iterator[Made | None]:
+        """Results as they come; None when devices have something. If a worker dies, what was under way is put in
+        `suspects`.
 
-    def _through_pool(self, bundles: Iterator[list[Task]], ahead: int, suspects: list[Task]) -> Iterator[Made]:
-        """Results as they come. If a worker dies, what was under way is put in `suspects`."""
+        begin: arguments of `work.start`, of which the last is how many threads a worker has.
+        """
         pending: dict[Future[list[Made]], list[Task]] = {}
         others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(min(self.workers, self.total, ahead), multiprocessing.get_context("spawn"),
-                                   start, (dict(self.extractors), "cpu", self.spool, tuple(self.deferred)))
+        pool = ProcessPoolExecutor(min(workers, ahead), multiprocessing.get_context("spawn"), start, begin)
         try:
             while True:
                 while len(pending) < ahead and not self.stopping and (bundle := next(bundles, None)) is not None:
                     suspects[:] = bundle  # should the pool refuse it, it is not lost
-                    with _worker_environment():
+                    with _worker_environment(begin[-1]):
                         pending[pool.submit(work, bundle)] = bundle
                     suspects.clear()
                 if not pending:
                     return
-                done, _ = wait(pending, TICK_S, FIRST_COMPLETED)
+                on_devices: set[Future[Any]] = self.devices.pending if self.devices is not None else set()
+                done, _ = wait(on_devices.union(pending), TICK_S, FIRST_COMPLETED)
                 if not done:
-                    self._tell()
-                    if self.writer.due:
-                        self.writer.commit()
-                for future in done:
+                    self._idle()
+                for future in done & pending.keys():
                     finished = future.result()
                     del pending[future]
                     yield from finished
+                if done & on_devices:
+                    yield None
         except BrokenProcessPool:
             suspects.extend(task for bundle in pending.values() for task in bundle)
         finally:
@@ -296,12 +348,18 @@ class _Run:
                     process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def _idle(self) -> None:
+        """While nothing is finished: progress is told, and what was written is committed in time."""
+        self._tell()
+        if self.writer.due:
+            self.writer.commit()
+
     def _tell(self, last: bool = False) -> None:
         now = time.monotonic() - self.began
         if self.progress is not None and (last or now - self._told >= TICK_S / 4):
             self._told = now
-            self.progress(Progress(self.report.done, self.total, self.report.audio_s, float(self.plan.seconds.sum()),
-                                   len(self.report.failures), now, self.stopping))
+            self.progress(Progress(int(self.tally.done + 1e-6), self.total, self.report.audio_s,
+                                   float(self.plan.seconds.sum()), len(self.report.failures), now, self.stopping))
 
     def _clear_spool(self) -> None:
         if self.spool.is_dir():
@@ -351,20 +409,23 @@ def provenance() -> dict[str, str]:
     return found
 
 
-def _workers(asked: int | None, extractors: Mapping[str, Extractor]) -> int:
+def _workers(asked: int | None, extractors: Mapping[str, Extractor]) -> int | None:
     """Worker processes import extractors by name, so those of a script or notebook run in this process."""
     if asked is not None and asked < 0:
         raise BadRequest(f"workers {asked}: expected 0 or more")
-    if any(type(extractor).__module__ == "__main__" for extractor in extractors.values()):
-        return 0
-    if asked is not None:
-        return asked
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if any(type(extractor).__module__ == "__main__" for extractor in extractors.values()) else asked
+
+
+def _rounds(extractors: Mapping[str, Extractor], deferred: Mapping[str, Extractor], workers: int | None,
+            tasks: int) -> list[memory.Round]:
+    weights = {names: 0 if names[0] in deferred else max(getattr(extractors[n], "weights_bytes", 0) for n in names)
+               for names in passes(extractors)}
+    return memory.rounds(weights, memory.cores(), memory.free() if any(weights.values()) else 0, workers, tasks)
 
 
 @contextlib.contextmanager
-def _worker_environment() -> Iterator[None]:
-    """For processes started meanwhile: one thread each, and no second run of the caller's script.
+def _worker_environment(threads: int) -> Iterator[None]:
+    """For processes started meanwhile: so many threads each, and no second run of the caller's script.
 
     `multiprocessing` runs the main script again in every spawned process, to find classes defined in it. Ours need
     none, and a script without an `if __name__ == "__main__"` guard would extract from within its own workers.
@@ -373,7 +434,7 @@ def _worker_environment() -> Iterator[None]:
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
     before = {name: os.environ.get(name) for name in names}
-    os.environ |= dict.fromkeys(names, "1")
+    os.environ |= dict.fromkeys(names, str(threads))
     for name in hidden:
         setattr(main, name, None)
     try:

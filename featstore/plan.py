@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -82,13 +82,18 @@ class Plan:
         """Duration of the utterances with something to do."""
         return float(self.seconds.sum()) / 3600
 
-    def tasks(self) -> Iterator[Task]:
-        """What is to be done, utterance by utterance; long recordings first, so that none is waited for at the end."""
-        names, some = list(self.features), np.flatnonzero(self.todo.any(axis=1))
+    def tasks(self, only: Collection[str] | None = None) -> Iterator[Task]:
+        """What is to be done, utterance by utterance; long recordings first, so that none is waited for at the end.
+
+        only: features to leave the others for later.
+        """
+        names = list(self.features)
+        todo = self.todo & np.array([only is None or name in only for name in names])
+        some = np.flatnonzero(todo.any(axis=1))
         long = self.seconds[some] > LONG_S
         for i in (*some[long][np.argsort(-self.seconds[some[long]], kind="stable")], *some[~long]):
             utterance = self.corpus.utterances[i]
-            wanted = tuple(names[j] for j in np.flatnonzero(self.todo[i]))
+            wanted = tuple(names[j] for j in np.flatnonzero(todo[i]))
             yield Task(utterance.key, place(self.corpus, utterance), utterance.start_s, utterance.end_s, wanted,
                        float(self.seconds[i]))
 

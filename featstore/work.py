@@ -1,11 +1,10 @@
 """One utterance through every extractor that needs it: decoded once, resampled once per rate, cut into pieces if long.
 
-Runs in worker processes, which know neither the store nor the plan.
+Runs in worker processes, which know neither the store nor the plan; where devices compute, see `devices`.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
 import sys
 import time
@@ -26,6 +25,7 @@ BLOCK_S = 20.0          # decoded at a time
 SETTLED_S = 2.0         # a file younger than this when it is read is hashed again the next time
 
 ManyRun = Any  # run(waves) -> one list of arrays per extractor
+Pass = tuple[str, ...]  # names that share a forward pass
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,16 @@ class Made:
 class Workbench:
     """Extractors, each loaded when first needed, applied to one utterance after the other.
 
-    deferred: names whose waveforms are handed back in `Made.waves` instead (for a device that only one process has).
+    deferred: names whose waveforms are handed back in `Made.waves` instead (they run on a device, see `devices`).
+    threads: of torch in this process; None leaves them as they are.
     """
 
-    def __init__(self, extractors: Mapping[str, Extractor], device: str, spool: Path,
-                 deferred: Sequence[str] = ()) -> None:
+    def __init__(self, extractors: Mapping[str, Extractor], device: str, spool: Path, deferred: Sequence[str] = (),
+                 threads: int | None = None) -> None:
         self.extractors, self.device, self.spool, self.deferred = extractors, device, spool, frozenset(deferred)
-        self._runs: dict[tuple[str, ...], ManyRun] = {}
+        self.threads = threads
+        self._passes = {name: names for names in passes(extractors) for name in names}
+        self._runs: dict[Pass, ManyRun] = {}
 
     def make(self, task: Task) -> Made:
         """Decode, resample and extract; whatever is wrong with the audio or an extractor comes back as a reason."""
@@ -139,38 +142,40 @@ class Workbench:
             made.frames, made.waves = {}, {}
         return made
 
-    def run(self, names: tuple[str, ...], waves: list[np.ndarray]) -> list[list[np.ndarray]]:
+    def run(self, names: Pass, waves: list[np.ndarray]) -> list[list[np.ndarray]]:
         """One forward pass over `waves`: one list of arrays per name."""
-        if names not in self._runs:
-            self._runs[names] = self._load(names)
+        self.load(names)
         outputs: list[list[np.ndarray]] = self._runs[names](waves)
         return outputs
 
-    def _load(self, names: tuple[str, ...]) -> ManyRun:
-        extractors: list[Any] = [self.extractors[name] for name in names]
+    def load(self, names: Pass) -> None:
+        """Make a pass ready. CannotLoad says what is missing."""
+        if names in self._runs:
+            return
         try:
-            if _together(extractors[0]) is not None:
-                run = type(extractors[0]).load_together(extractors, self.device)
-            else:
-                single = extractors[0].load(self.device)
+            self._runs[names] = self._loaded(names)
+        except (ImportError, OSError, ValueError, RuntimeError, MemoryError, AssertionError) as error:
+            raise CannotLoad(f"{', '.join(names)} cannot be loaded: {error or type(error).__name__}") from error
+        if "torch" in sys.modules and self.threads is not None:
+            sys.modules["torch"].set_num_threads(self.threads)
 
-                def run(batch: list[np.ndarray]) -> list[list[np.ndarray]]:
-                    return [single(batch)]
-        except (ImportError, OSError, ValueError, RuntimeError) as error:
-            raise CannotLoad(f"{', '.join(names)} cannot be loaded: {error}") from error
-        if "torch" in sys.modules and self.device == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-            sys.modules["torch"].set_num_threads(1)  # one core per worker process
-        return run
+    def unload(self, but: Pass = ()) -> bool:
+        """Let go of all passes that are loaded, except one; whether there were any."""
+        others = self._runs.keys() - {but}
+        for names in others:
+            del self._runs[names]
+        return bool(others)
 
-    def passes(self, names: Iterable[str]) -> list[tuple[str, ...]]:
-        """The names in groups that share a forward pass."""
-        groups: dict[Hashable, list[str]] = {}
-        for name in names:
-            extractor = self.extractors[name]
-            shared = _together(extractor)
-            key = (type(extractor), shared) if shared is not None else name
-            groups.setdefault(key, []).append(name)
-        return [tuple(group) for group in groups.values()]
+    def _loaded(self, names: Pass) -> ManyRun:
+        extractors: list[Any] = [self.extractors[name] for name in names]
+        if _together(extractors[0]) is not None:
+            return type(extractors[0]).load_together(extractors, self.device)
+        single = extractors[0].load(self.device)
+        return lambda waves: [single(waves)]
+
+    def passes(self, names: Iterable[str]) -> list[Pass]:
+        """The passes that give `names`: always those of all extractors, so that none is loaded in two forms."""
+        return list(dict.fromkeys(self._passes[name] for name in names))
 
     def _extract(self, task: Task, made: Made) -> None:
         here = [name for name in task.names if name not in self.deferred]
@@ -178,10 +183,10 @@ class Workbench:
         with audio.Reader(task.path, task.start_s, task.end_s, block_s=BLOCK_S) as reader:
             resamplers = {rate: audio.Resampler(reader.sample_rate, rate) for rate in rates}
             cutters = {names: Cutter(self.extractors[names[0]]) for names in self.passes(here)}
-            collected: dict[tuple[str, ...], _Collected] = {names: _Collected(self, names, made) for names in cutters}
+            collected = {names: Collected(self, names, made) for names in cutters}
             waves = {self.extractors[name].sample_rate: Frames(np.dtype(np.float32), ())
                      for name in task.names if name in self.deferred}
-            for block, last in _with_last(reader):
+            for block, last in with_last(reader):
                 for rate, resampler in resamplers.items():
                     wave = resampler.push(block, last)
                     if rate in waves:
@@ -249,36 +254,39 @@ class Cutter:
         return Piece(wave, skip, count, (self._seen if stop is None else stop) - start)
 
 
-class _Collected:
-    """The frames of one forward pass, piece after piece."""
+class Collected:
+    """The frames of one forward pass, piece after piece: those of the features that the task asks for."""
 
-    def __init__(self, bench: Workbench, names: tuple[str, ...], made: Made) -> None:
+    def __init__(self, bench: Workbench, names: Pass, made: Made) -> None:
         self.bench, self.names, self.made = bench, names, made
-        self._parts: dict[str, list[np.ndarray]] = {name: [] for name in names}  # of kind "global"
+        self._wanted = [name for name in names if name in made.task.names]
+        self._parts: dict[str, list[np.ndarray]] = {name: [] for name in self._wanted}  # of kind "global"
         self._samples: list[int] = []
         self._failed = False
 
     def add(self, piece: Piece) -> None:
+        """Run the pass over the next piece."""
         if self._failed:
             return
         try:
-            outputs = self.bench.run(self.names, [piece.wave])
+            arrays = [found for found, in self.bench.run(self.names, [piece.wave])]
         except CannotLoad:
             raise
         except Exception as error:  # whatever an extractor does wrong costs this feature of this utterance
-            return self._fail(_reason(error))
-        self._take(piece, [arrays[0] for arrays in outputs])
+            return self._fail(reason(error))
+        self.take(piece, arrays)
 
-    def take_or_fail(self, piece: Piece, found: Sequence[np.ndarray] | str) -> None:
-        """The arrays of a piece, one per name, or why there are none."""
+    def take(self, piece: Piece, found: Sequence[np.ndarray] | str) -> None:
+        """The arrays of the next piece, one per name of the pass, or why there are none."""
+        if self._failed:
+            return
         if isinstance(found, str):
             self._fail(found)
-        elif not self._failed:
-            self._take(piece, found)
-
-    def _take(self, piece: Piece, arrays: Sequence[np.ndarray]) -> None:
+            return
         self._samples.append(piece.samples)
-        for name, array in zip(self.names, arrays, strict=True):
+        for name, array in zip(self.names, found, strict=True):
+            if name not in self._wanted:
+                continue
             if self.bench.extractors[name].kind == "global":
                 self._parts[name].append(array)
                 continue
@@ -300,104 +308,26 @@ class _Collected:
             try:
                 whole = extractor.combine(parts, self._samples) if hasattr(extractor, "combine") else parts[0]
             except Exception as error:
-                self._fail(_reason(error))
+                self._fail(reason(error))
                 return
             self.made.frames[name] = Frames(whole.dtype, whole.shape, [whole[None]], rows=1)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, why: str) -> None:
         self._failed = True
-        for name in self.names:
-            self.made.failures[name] = reason
+        for name in self._wanted:
+            self.made.failures[name] = why
             frames = self.made.frames.pop(name, None)
             if frames is not None:
                 frames.drop()
 
 
-class Batcher:
-    """Runs what a device does for many utterances at once: pieces of like length in one batch, budgeted with padding.
-
-    `add` hands back the utterances that are complete; `flush` the rest.
-    """
-
-    def __init__(self, bench: Workbench, budget_s: float = 240.0, most: int = 32) -> None:
-        self.bench, self.budget_s, self.most = bench, budget_s, most
-        self._queues: dict[tuple[str, ...], list[tuple[_Collected, Piece]]] = {}
-        self._waiting: list[tuple[Made, list[_Collected]]] = []
-        self._held_s = 0.0
-
-    def add(self, made: Made) -> list[Made]:
-        """Take an utterance's waveforms; run what has gathered when it is enough."""
-        collected = []
-        for names in self.bench.passes(name for name in made.task.names if name in self.bench.deferred):
-            extractor = self.bench.extractors[names[0]]
-            if extractor.sample_rate not in made.waves:
-                continue
-            taken, cutter = _Collected(self.bench, names, made), Cutter(extractor)
-            collected.append(taken)
-            for block, last in _with_last(made.waves[extractor.sample_rate].blocks(keep=True)):
-                for piece in cutter.push(block, last):
-                    self._queues.setdefault(names, []).append((taken, piece))
-                    self._held_s += len(piece.wave) / extractor.sample_rate
-                if self._held_s >= self.budget_s * 4:
-                    self._run_all()
-        made_waves, made.waves = made.waves, {}
-        for wave in made_waves.values():
-            wave.drop()
-        self._waiting.append((made, collected))
-        return self.flush() if self._held_s >= self.budget_s * 4 else []
-
-    def flush(self) -> list[Made]:
-        """Run everything that waits."""
-        self._run_all()
-        done, self._waiting = self._waiting, []
-        for _, collected in done:
-            for taken in collected:
-                taken.finish()
-        return [made for made, _ in done]
-
-    def _run_all(self) -> None:
-        queues, self._queues, self._held_s = self._queues, {}, 0.0
-        for names, queue in queues.items():
-            outputs: dict[int, list[np.ndarray] | str] = {}
-            for batch in self._batches(names, queue):
-                outputs |= self._outputs(names, queue, batch)
-            for i, (taken, piece) in enumerate(queue):  # in the order they came: pieces of one utterance follow
-                taken.take_or_fail(piece, outputs[i])
-
-    def _batches(self, names: tuple[str, ...], queue: list[tuple[_Collected, Piece]]) -> Iterator[list[int]]:
-        """Positions in the queue, shortest first, as many as the padded budget takes."""
-        rate = self.bench.extractors[names[0]].sample_rate
-        batch: list[int] = []
-        for i in sorted(range(len(queue)), key=lambda i: len(queue[i][1].wave)):
-            longest_s = len(queue[i][1].wave) / rate
-            if batch and (longest_s * (len(batch) + 1) > self.budget_s or len(batch) == self.most):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
-
-    def _outputs(self, names: tuple[str, ...], queue: list[tuple[_Collected, Piece]],
-                 batch: list[int]) -> dict[int, list[np.ndarray] | str]:
-        """Arrays per name, or the reason why not, for each position; a batch that fails is run one by one."""
-        try:
-            arrays = self.bench.run(names, [queue[i][1].wave for i in batch])
-        except CannotLoad:
-            raise
-        except Exception as error:
-            if len(batch) == 1:
-                return {batch[0]: _reason(error)}
-            return {i: found for one in batch for i, found in self._outputs(names, queue, [one]).items()}
-        return {i: [per_name[j] for per_name in arrays] for j, i in enumerate(batch)}
-
-
-def start(extractors: Mapping[str, Extractor], device: str, spool: Path, deferred: Sequence[str]) -> None:
+def start(extractors: Mapping[str, Extractor], spool: Path, deferred: Sequence[str], threads: int) -> None:
     """Begin a worker process."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that commits
     global _bench
-    _bench = Workbench(extractors, device, spool, deferred)
+    _bench = Workbench(extractors, "cpu", spool, deferred, threads)
 
 
 def work(tasks: Sequence[Task]) -> list[Made]:
@@ -410,9 +340,30 @@ def work(tasks: Sequence[Task]) -> list[Made]:
 _bench: Workbench | None = None
 
 
-def _reason(error: Exception) -> str:
+def passes(extractors: Mapping[str, Extractor]) -> list[Pass]:
+    """The names in groups that share a forward pass, in their order."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, extractor in extractors.items():
+        shared = _together(extractor)
+        key = name if shared is None else (type(extractor), shared, getattr(extractor, "window", None))
+        groups.setdefault(key, []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def reason(error: Exception) -> str:
     """ValueError is the protocol's word for a waveform that cannot be used; others name themselves."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def with_last(blocks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool]]:
+    """Each block, and whether it is the last."""
+    held: np.ndarray | None = None
+    for block in blocks:
+        if held is not None:
+            yield held, False
+        held = block
+    if held is not None:
+        yield held, True
 
 
 def _together(extractor: Extractor) -> Hashable:
@@ -423,13 +374,3 @@ def _together(extractor: Extractor) -> Hashable:
 def _digest(path: str, size: int, mtime_ns: int) -> bytes:
     """Many cuts of one recording hash it once."""
     return audio.file_digest(path)
-
-
-def _with_last(blocks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool]]:
-    held: np.ndarray | None = None
-    for block in blocks:
-        if held is not None:
-            yield held, False
-        held = block
-    if held is not None:
-        yield held, True

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
+import time
+import weakref
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -90,7 +94,7 @@ class Layer(Mean):
     @classmethod
     def load_together(cls, extractors: list[Layer], device: str) -> Callable[..., list[list[np.ndarray]]]:
         def run(waves: list[np.ndarray]) -> list[list[np.ndarray]]:
-            Path(extractors[0].marks, f"{len(list(Path(extractors[0].marks).iterdir()))}").touch()
+            Path(extractors[0].marks, f"{device} {secrets.token_hex(8)}").touch()
             means = [extractors[0].of(wave) for wave in waves]
             return [[mean + extractor.layer for mean in means] for extractor in extractors]
 
@@ -116,6 +120,136 @@ class OnDevice(Mean):
             return [self.of(wave) for wave in waves]
 
         return run
+
+
+@dataclass(frozen=True)
+class LayerOnDevice(Layer):
+    """One of several outputs of a shared pass on a device."""
+
+    name: ClassVar[str] = "layer-on-device"
+    together: ClassVar[str] = "another network"
+    accelerated: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Meeting(OnDevice):
+    """The first batch of each device waits until `devices` have one."""
+
+    devices: int = field(default=2, metadata={"identity": False})
+    name: ClassVar[str] = "meeting"
+
+    def load(self, device: str) -> Run:
+        def run(waves: list[np.ndarray]) -> list[np.ndarray]:
+            Path(self.marks, device).touch()
+            deadline = time.monotonic() + 20
+            while len(list(Path(self.marks).iterdir())) < self.devices and time.monotonic() < deadline:
+                time.sleep(0.005)
+            return [self.of(wave) for wave in waves]
+
+        return run
+
+
+@dataclass(frozen=True)
+class Uneven(OnDevice):
+    """Takes a while that differs from batch to batch, so that devices overtake one another."""
+
+    name: ClassVar[str] = "uneven"
+
+    def load(self, device: str) -> Run:
+        def run(waves: list[np.ndarray]) -> list[np.ndarray]:
+            time.sleep(zlib.crc32(waves[0].tobytes()) % 7 / 500)
+            return [self.of(wave) for wave in waves]
+
+        return run
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch names its own."""
+
+
+@dataclass(frozen=True)
+class Tight(OnDevice):
+    """Holds `fits` padded seconds at once; complains of more in one of the ways that there are."""
+
+    fits: float = 1.0
+    how: str = field(default="toy", metadata={"identity": False})
+    name: ClassVar[str] = "tight"
+
+    def load(self, device: str) -> Run:
+        errors = {"toy": OutOfMemoryError("Tried to allocate 2.00 GiB"), "python": MemoryError(),
+                  "cuda": RuntimeError("CUDA error: out of memory")}
+
+        def run(waves: list[np.ndarray]) -> list[np.ndarray]:
+            padded = len(waves) * max(map(len, waves)) / self.sample_rate
+            if self.marks:
+                with Path(self.marks).open("a") as file:
+                    file.write(f"{padded:.3f}\n")
+            if padded > self.fits:
+                raise errors[self.how]
+            return [self.of(wave) for wave in waves]
+
+        return run
+
+
+@dataclass(frozen=True)
+class Heavy(Mean):
+    """Has weights, and notes where it was loaded, with how many threads; `room` of its kind fit in a process."""
+
+    offset: float = 0.0
+    marks: str = field(default="", metadata={"identity": False})
+    room: int = field(default=9, metadata={"identity": False})
+    on_device: bool = field(default=False, metadata={"identity": False})
+    name: ClassVar[str] = "heavy"
+    weights_bytes: ClassVar[int] = 1 << 30
+    LOADED: ClassVar[weakref.WeakSet[Callable[..., Any]]] = weakref.WeakSet()
+
+    @property
+    def accelerated(self) -> bool:
+        return self.on_device
+
+    def load(self, device: str) -> Run:
+        if len(self.LOADED) >= self.room:
+            raise RuntimeError("toy out of memory")
+        with Path(self.marks).open("a") as file:
+            file.write(f"{self.offset:g} {device} {os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
+
+        def run(waves: list[np.ndarray]) -> list[np.ndarray]:
+            return [self.of(wave) + np.float32(self.offset) for wave in waves]
+
+        self.LOADED.add(run)
+        return run
+
+
+@dataclass(frozen=True)
+class Picky(OnDevice):
+    """Loads on any device but the `refused` one; with `dies` a batch ends its thread as nothing else does."""
+
+    refused: str = ""
+    dies: bool = False
+    name: ClassVar[str] = "picky"
+
+    def load(self, device: str) -> Run:
+        if device == self.refused:
+            raise ImportError(f"picky does not load on {device}")
+        return super().load(device)
+
+    def of(self, wave: np.ndarray) -> np.ndarray:
+        if self.dies:
+            raise SystemExit("the thread is gone")
+        return super().of(wave)
+
+
+@dataclass(frozen=True)
+class OnTorch(OnDevice):
+    """Puts a tensor on the device, as a network would."""
+
+    name: ClassVar[str] = "on-torch"
+
+    def load(self, device: str) -> Run:
+        import torch
+
+        torch.zeros(1).to(device)
+        return super().load(device)
 
 
 @dataclass(frozen=True)
@@ -176,7 +310,5 @@ class Slow(Mean):
     name: ClassVar[str] = "slow"
 
     def of(self, wave: np.ndarray) -> np.ndarray:
-        import time
-
         time.sleep(self.wait_s)
         return super().of(wave)
