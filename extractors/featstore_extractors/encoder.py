@@ -7,6 +7,7 @@ network; requests that differ only in layers, mix, projection or dtype share one
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -249,11 +250,34 @@ def computing(device: str, precision: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         if device.startswith("cuda"):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
-            before = torch.backends.cuda.matmul.allow_tf32
-            torch.backends.cuda.matmul.allow_tf32 = False
-            stack.callback(setattr, torch.backends.cuda.matmul, "allow_tf32", before)
+            stack.enter_context(_without_tf32())
         if precision != "fp32":
             kind = torch.bfloat16 if precision == "bf16" else torch.float16
             stack.enter_context(torch.autocast(torch.device(device).type, kind))
         yield
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """TF32 is off while any thread is in here: torch's switches are the whole process', and a device has a thread."""
+    torch = required("torch", "encoders")
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    with _switching:
+        if not _inside:
+            _before[:] = [switch.allow_tf32 for switch in switches]
+        _inside.append(threading.get_ident())
+        for switch in switches:
+            switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        with _switching:
+            _inside.remove(threading.get_ident())
+            if not _inside:
+                for switch, allowed in zip(switches, _before, strict=True):
+                    switch.allow_tf32 = allowed
+
+
+_switching = threading.Lock()
+_inside: list[int] = []  # the threads that need TF32 off
+_before: list[bool] = []  # what it was before the first of them came
