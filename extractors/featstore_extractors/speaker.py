@@ -6,30 +6,33 @@ the weights that ship in the Resemblyzer wheel; `XVector` is WavLM with an x-vec
 Silence has no voice: ValueError. Long recordings go in pieces whose vectors are averaged by duration, and a silent
 piece (a stem that rests for a minute) only counts for nothing there: `run` gives the zero vector for silence as long as
 a piece, `combine` passes it over and refuses what is silent throughout.
+
+Both take a batch in one pass, and a recording's vector does not depend on its batch mates beyond the rounding of sums.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from .imports import required, without_broken_torchaudio
+from . import checkpoint, weights
+from .encoder import computing, to_device
+from .hubert import WavLM
+from .imports import required
 from .signal import MelContract, mel_filters
-from .weights import file_digest, packaged
 
 Array = np.ndarray
 Run = Callable[[list[Array]], list[Array]]
 
 SAMPLE_RATE = 16000
 SILENT = 1e-4  # RMS, -80 dBFS: below it there is dither and converter noise, and no voice
+AT_ONCE = 512  # windows of the d-vector in one pass: 0.4 GB on the device
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ class Speaker:
 
     @classmethod
     def preset(cls, name: str) -> Speaker | XVector:
-        """d-vector, or wavlm: the x-vector of WavLM."""
+        """d-vector, or wavlm: the x-vector of WavLM, which may be fetched, since it is asked for by name."""
         if name not in cls.PRESETS:
             raise ValueError(f"no speaker embedding {name!r}; there are {', '.join(cls.PRESETS)}")
-        return XVector() if name == "wavlm" else cls()
+        return XVector(XVector.DEFAULT) if name == "wavlm" else cls()
 
     def __post_init__(self) -> None:
         if not 0.625 <= self.rate <= 100:
@@ -76,7 +79,12 @@ class Speaker:
 
     @property
     def weights_digest(self) -> str:
-        return file_digest(_d_vector_weights())
+        return weights.file_digest(_d_vector_weights())
+
+    @property
+    def weights_bytes(self) -> int:
+        """About what a loaded copy takes: a third of the file, in which the optimiser's two moments lie beside it."""
+        return _d_vector_weights().stat().st_size // 3
 
     def load(self, device: str) -> Run:
         torch = required("torch", "speaker")
@@ -87,17 +95,24 @@ class Speaker:
                                   if key.startswith(prefix)})
             part.to(device).eval()
 
-        def embed(wave: Array) -> Array:
-            if _silent(wave, self.window[0]):
-                return np.zeros(256, np.float32)
-            with torch.inference_mode():
-                mels = torch.from_numpy(self._windows(wave)).to(device)  # (windows, 160, 40)
-                _, (hidden, _) = lstm(mels)  # (layers, windows, 256)
-                voices = torch.relu(linear(hidden[-1]))
-                voices = voices / torch.linalg.vector_norm(voices, dim=1, keepdim=True).clamp_min(1e-12)
-                return _unit(voices.cpu().numpy().mean(axis=0))
+        def voices(mels: Any) -> Any:
+            """(windows, 160, 40) -> (windows, 256), of unit length."""
+            _, (hidden, _) = lstm(mels)  # (layers, windows, 256)
+            return torch.nn.functional.normalize(torch.relu(linear(hidden[-1])))
 
-        return lambda waves: [embed(wave) for wave in waves]
+        def run(waves: list[Array]) -> list[Array]:
+            heard = {i: self._windows(wave) for i, wave in enumerate(waves) if not _silent(wave, self.window[0])}
+            found = [np.zeros(256, np.float32) for _ in waves]
+            if heard:
+                mels = np.concatenate(list(heard.values()))
+                with computing(device, "fp32"):
+                    parts = torch.cat([voices(part) for part in to_device(device, mels).split(AT_ONCE)]).cpu().numpy()
+                ends = np.cumsum([len(windows) for windows in heard.values()])
+                for i, part in zip(heard, np.split(parts, ends[:-1]), strict=True):
+                    found[i] = _unit(part.mean(axis=0))
+            return found
+
+        return run
 
     def combine(self, parts: Sequence[Array], lengths: Sequence[int]) -> Array:
         """(256,) of the whole from the vectors of its pieces and their lengths; ValueError if none had a voice."""
@@ -130,6 +145,8 @@ class Speaker:
 class XVector:
     """x-vector of a WavLM speaker-verification model of transformers: waveform (N,) -> (D,), of unit length.
 
+    Five layers of dilated convolutions over WavLM's frames, the mean and the deviation of the last over time, and a
+    linear layer (Snyder et al., "X-vectors", ICASSP 2018; on WavLM: arXiv 2110.13900).
     `model` is a folder that `save_pretrained` wrote, or a hub id, fetched if need be and if HF_HUB_OFFLINE allows.
     Where it is not given, microsoft/wavlm-base-plus-sv is taken from the hub's cache on this machine, never fetched.
     """
@@ -149,55 +166,112 @@ class XVector:
 
     @property
     def dim(self) -> int:
-        return int(json.loads((self._folder() / "config.json").read_text()).get("xvector_output_dim", 512))
+        return int(weights.json_of(self._folder() / "config.json").get("xvector_output_dim", 512))
 
     @property
     def weights_digest(self) -> str:
         """Of the weights and of the files that say how they are run."""
-        parts = [file_digest(path) for path in _model_files(self._folder())]
-        return "sha256:" + hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        return weights.digest(_model_files(self._folder()))
+
+    @property
+    def weights_bytes(self) -> int:
+        """About what a loaded copy takes."""
+        return sum(file.stat().st_size for file in _model_files(self._folder()))
 
     def load(self, device: str) -> Run:
-        torch = required("torch", "encoders")
-        without_broken_torchaudio()
-        transformers = required("transformers", "encoders")
         folder = self._folder()
-        model, found = transformers.WavLMForXVector.from_pretrained(folder, local_files_only=True,
-                                                                    output_loading_info=True)
-        if found["missing_keys"]:  # which transformers would fill with random numbers
-            raise ValueError(f"{folder} is no WavLM x-vector model: {len(found['missing_keys'])} of its weights are "
-                             f"missing, {min(found['missing_keys'])} for one")
-        model.to(device).eval().requires_grad_(False)
-        processing = folder / "preprocessor_config.json"
-        standardise = processing.is_file() and json.loads(processing.read_text()).get("do_normalize", False)
-        config = model.config
-        reach = 1 + sum(d * (k - 1) for k, d in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))
+        head = _Head(folder, device)
+        backbone = WavLM(weights=str(folder))
+        layers = range(backbone.architecture().layers + 1) if head.mixes else backbone.layers
+        network = backbone.network(device)
 
-        def embed(wave: Array) -> Array:
-            frames = int(model._get_feat_extract_output_lengths(len(wave)))
-            if frames <= reach:  # the deviation over one frame is not a number
-                raise ValueError(f"too short: {len(wave)} samples at {SAMPLE_RATE} Hz make {max(frames, 0)} frames, "
-                                 f"an x-vector needs {reach + 1}")
-            if _silent(wave, self.window[0]):
-                return np.zeros(config.xvector_output_dim, np.float32)
-            if standardise:
-                wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
-            with torch.inference_mode():
-                vectors = model(torch.from_numpy(wave[None].astype(np.float32)).to(device)).embeddings
-                return _unit(vectors[0].float().cpu().numpy())
+        def run(waves: list[Array]) -> list[Array]:
+            found = [np.zeros(head.dim, np.float32) for _ in waves]
+            heard = [i for i, wave in enumerate(waves)
+                     if self._long_enough(wave, backbone.frames(len(wave)), head.reach)
+                     and not _silent(wave, self.window[0])]
+            if heard:
+                with computing(device, "fp32"):
+                    hidden, lengths = network.hidden([to_device(device, waves[i]) for i in heard], frozenset(layers))
+                    vectors = head([hidden[layer] for layer in layers], lengths).cpu().numpy()
+                for i, vector in zip(heard, vectors, strict=True):
+                    found[i] = _unit(vector)
+            return found
 
-        return lambda waves: [embed(wave) for wave in waves]
+        return run
 
     def combine(self, parts: Sequence[Array], lengths: Sequence[int]) -> Array:
         """(D,) of the whole from the vectors of its pieces and their lengths; ValueError if none had a voice."""
         return _combined(parts, lengths)
 
+    def _long_enough(self, wave: Array, frames: int, reach: int) -> bool:
+        if frames <= reach:  # the deviation over one frame is not a number
+            raise ValueError(f"too short: {len(wave)} samples at {SAMPLE_RATE} Hz make {frames} frames, "
+                             f"an x-vector needs {reach + 1}")
+        return True
+
     def _folder(self) -> Path:
-        return _model_folder(self.model or self.DEFAULT, fetch=self.model is not None)
+        """The folder that holds `model`: itself, or the hub's snapshot of that id.
+
+        Raises:
+            FileNotFoundError: if there is none on this machine and none could be fetched; says what to put where.
+        """
+        try:
+            path = weights.locate(self.model or self.DEFAULT, extractor=self.name, fetch=self.model is not None,
+                                  expected="a folder with config.json and model.safetensors")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(str(error).replace("weights=", "model=")) from error  # as the setting is called
+        return path if path.is_dir() else path.parent
+
+
+class _Head:
+    """What turns WavLM's frames into an x-vector: a mix of layers where the model has one, TDNN, pooling, projection.
+
+    dim: of the vector. mixes: whether it takes all layers or the output alone. reach: frames that one of the TDNN sees.
+    """
+
+    def __init__(self, folder: Path, device: str) -> None:
+        torch = required("torch", "encoders")
+        config = {"xvector_output_dim": 512, "use_weighted_layer_sum": False, "hidden_size": 768,
+                  "num_hidden_layers": 12, "tdnn_dim": [512, 512, 512, 512, 1500], "tdnn_kernel": [5, 3, 3, 1, 1],
+                  "tdnn_dilation": [1, 2, 3, 1, 1], **weights.json_of(folder / "config.json")}
+        self.dim, self.mixes = int(config["xvector_output_dim"]), bool(config["use_weighted_layer_sum"])
+        self.steps = list(zip(config["tdnn_kernel"], config["tdnn_dilation"], strict=True))
+        self.reach = 1 + sum(dilation * (kernel - 1) for kernel, dilation in self.steps)
+        widths = [config["tdnn_dim"][0], *config["tdnn_dim"]]
+        layers = {"projector": torch.nn.Linear(config["hidden_size"], widths[0]),
+                  "feature_extractor": torch.nn.Linear(2 * widths[-1], self.dim)}
+        layers |= {f"tdnn.{i}.kernel": torch.nn.Linear(widths[i] * kernel, widths[i + 1])
+                   for i, (kernel, _) in enumerate(self.steps)}
+        names = [f"{name}.{kind}" for name in layers for kind in ("weight", "bias")]
+        tensors = checkpoint.read(folder)
+        missing = sorted({*names, *(["layer_weights"] if self.mixes else [])} - tensors.keys())
+        if missing:
+            raise ValueError(f"{folder} is no WavLM x-vector model: {len(missing)} of its weights are missing, "
+                             f"{missing[0]} for one")
+        for name, layer in layers.items():
+            checkpoint.load_into(layer, {kind: tensors[f"{name}.{kind}"] for kind in ("weight", "bias")}, folder)
+            layer.to(device).requires_grad_(False)
+        self.layers: Mapping[str, Any] = layers
+        self.shares = tensors["layer_weights"].softmax(dim=0).to(device) if self.mixes else torch.ones(1, device=device)
+
+    def __call__(self, hidden: Sequence[Any], lengths: Sequence[int]) -> Any:
+        """Layers (B, T, D), of whose rows the first `lengths` frames count, to vectors (B, dim)."""
+        torch = required("torch", "encoders")
+        mixed = sum(share * layer for share, layer in zip(self.shares, hidden, strict=True))
+        x = self.layers["projector"](mixed).transpose(1, 2)  # (B, D, T)
+        for i, (kernel, dilation) in enumerate(self.steps):
+            layer = self.layers[f"tdnn.{i}.kernel"]  # (D', kernel x D): transformers keeps a convolution as a product
+            taps = layer.weight.unflatten(1, (kernel, -1)).transpose(1, 2)
+            x = torch.nn.functional.conv1d(x, taps, layer.bias, dilation=dilation).relu()
+        # Frames that saw what is beyond a row's end are left out. transformers forgets the dilation and keeps six.
+        rows = [row[:, :length - self.reach + 1] for row, length in zip(x, lengths, strict=True)]
+        pooled = torch.stack([torch.cat([row.mean(dim=1), row.std(dim=1)]) for row in rows])
+        return self.layers["feature_extractor"](pooled)
 
 
 def _d_vector_weights() -> Path:
-    return packaged("Resemblyzer", "resemblyzer/pretrained.pt", extra="speaker")
+    return weights.packaged("Resemblyzer", "resemblyzer/pretrained.pt", extra="speaker")
 
 
 @lru_cache(maxsize=1)
@@ -206,39 +280,13 @@ def _d_vector_filters() -> Array:
                                    fmax=8000)).T.copy()
 
 
-@lru_cache(maxsize=8)
-def _model_folder(model: str, fetch: bool) -> Path:
-    """The folder that holds `model`: itself, or the hub's snapshot of that id.
-
-    Raises:
-        FileNotFoundError: if there is none on this machine and none could be fetched; says what to put where.
-    """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        hub = required("huggingface_hub", "encoders")
-        wanted = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json",
-                  "pytorch_model*.bin", "pytorch_model.bin.index.json"]
-        try:
-            folder = Path(hub.snapshot_download(model, allow_patterns=wanted, local_files_only=not fetch))
-        except (OSError, ValueError) as error:  # of which all errors of the hub's client are kinds
-            raise FileNotFoundError(
-                f"no WavLM x-vector model {model!r}: neither a folder nor in the hub's cache on this machine"
-                f"{f', and it could not be fetched ({type(error).__name__})' if fetch else ''}. Give a folder with "
-                f"config.json and model.safetensors (model=FOLDER), or a hub id to fetch (model={XVector.DEFAULT})."
-            ) from error
-    _model_files(folder)
-    return folder
-
-
 def _model_files(folder: Path) -> list[Path]:
     """The files of a model folder that make its numbers: configuration, preprocessing, weights."""
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    config = folder / "config.json"
-    if not weights or not config.is_file():
+    config, processing = folder / "config.json", folder / "preprocessor_config.json"
+    if not config.is_file():
         raise FileNotFoundError(f"{folder} is no model folder: expected config.json and model.safetensors "
                                 f"(or pytorch_model.bin), found {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    processing = folder / "preprocessor_config.json"
-    return [config, *([processing] if processing.is_file() else []), *weights]
+    return [config, *([processing] if processing.is_file() else []), *weights.tensor_files(folder)]
 
 
 def _combined(parts: Sequence[Array], lengths: Sequence[int]) -> Array:
