@@ -364,6 +364,9 @@ def test_a_recording_beyond_wenets_200_s_is_computed_whole_and_in_windows(settin
     for layer, bound in (("0", 1e-5), ("", math.inf)):  # attention counts positions from where a window begins
         extractor = WeNet(weights=str(folder), dtype="float32", layer=layer, **settings)
         [whole], pieces = extractor.load("cpu")([song]), windowed(extractor, song)
+        if settings:  # nothing before the end of the first core sees that a window ends
+            core = extractor.window[0] // 640
+            np.testing.assert_allclose(pieces[:core], whole[:core], rtol=0, atol=2e-5 * np.abs(whole).max())
         assert len(whole) == len(pieces) == extractor.frames(len(song)) == 5248
         assert np.isfinite(whole).all()
         assert np.abs(whole - pieces).max() <= bound * np.abs(whole).max()
@@ -398,7 +401,7 @@ def test_settings_below_zero_are_refused(setting):
 
 
 def test_layers_beyond_the_one_wanted_are_not_computed(copied, speech):
-    retensor(copied, lambda tensors: tensors["encoder.encoders.1.norm_ff.weight"].fill_(torch.nan))
+    retensor(copied, lambda tensors: tensors["encoder.encoders.1.norm_ff.weight"].fill_(3e38))
     assert np.isfinite(of(copied, speech, layer="1")[0]).all()
     with pytest.raises(ValueError, match="wenet gives NaN or infinite values"):
         of(copied, speech)
@@ -511,9 +514,12 @@ def test_what_is_not_supported_is_named_with_what_is(field, value, supported, co
     (lambda r: r["dataset_conf"]["resample_conf"].update(resample_rate=8000), r"resample_rate: 8000 is not supported"),
     (lambda r: r["dataset_conf"]["fbank_conf"].update(frame_shift=12), r"fbank_conf\.frame_shift: 12 is not supp"),
     (lambda r: r.update(input_dim=83), "input_dim: 83 is not supported; supported: 80"),
+    (lambda r: r["dataset_conf"]["fbank_conf"].update(num_mel_bins=6), "num_mel_bins: 6 are too few for input_"),
     (lambda r: r.pop("encoder_conf"), r"is no train\.yaml of WeNet: it has no encoder_conf"),
+    (lambda r: r.update(encoder_conf=[1]), r"encoder_conf: expected fields, found \[1\]"),
 ])
 def test_a_yaml_that_does_not_fit_is_refused(change, message, copied):
+    edit(copied, lambda record: record.pop("input_dim"))
     edit(copied, change)
     with pytest.raises(ValueError, match=r"train\.yaml.*" + message):
         WeNet(weights=str(copied)).architecture()
@@ -556,6 +562,7 @@ def test_no_weights_named_says_which_files_to_put_where(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, on importing its compiler
 def test_compiled_it_gives_the_same(folder, speech):
     [plain], [compiled] = of(folder, speech), of(folder, speech, compile=True)
     np.testing.assert_allclose(compiled, plain, rtol=0, atol=2e-5 * np.abs(plain).max())
