@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
-from .errors import BadRequest
+from .errors import BadRequest, CannotLoad, FeatstoreError, MissingWeights
 
 Kind = Literal["continuous", "f0", "discrete", "samples", "global"]
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -120,12 +120,28 @@ class Spec:
 
     @classmethod
     def of(cls, extractor: Extractor) -> Spec:
-        """The full record of what `extractor` computes: its fields as settings, its weights by digest."""
+        """The full record of what `extractor` computes: its fields as settings, its weights by digest.
+
+        Raises:
+            MissingWeights: if its weights are not on this machine.
+            CannotLoad: if they are no weights of its kind, or do not fit its settings.
+        """
         if getattr(extractor, "version", None) is None:
             raise BadRequest(f"{type(extractor).__name__} has no version: give it `version: ClassVar[int] = 1` and "
                              "raise it whenever its numbers change; fresh and stale are told apart by it")
         if not dataclasses.is_dataclass(extractor):
             raise BadRequest(f"{type(extractor).__name__} is not a dataclass: its fields are what is recorded of it")
+        try:
+            return cls._record_of(extractor)
+        except FeatstoreError:
+            raise
+        except FileNotFoundError as error:
+            raise MissingWeights(str(error)) from error
+        except ValueError as error:  # what its weights, or the files beside them, do not allow
+            raise CannotLoad(str(error)) from error
+
+    @classmethod
+    def _record_of(cls, extractor: Any) -> Spec:
         settings = {f.name: getattr(extractor, f.name) for f in dataclasses.fields(extractor)
                     if f.metadata.get("identity", True)}
         settings = dict(getattr(extractor, "recorded", settings))

@@ -69,7 +69,8 @@ def _status(error: Exception) -> int:
     from featstore_extractors import RequestError
 
     command_line = (errors.BadRequest, errors.IdentityMismatch, errors.NotAStore, errors.MissingFeature,
-                    errors.MissingUtterance, errors.CannotLoad, RequestError, ImportError, PermissionError)
+                    errors.MissingUtterance, errors.MissingWeights, errors.CannotLoad, RequestError, ImportError,
+                    PermissionError)
     return 2 if isinstance(error, command_line) else 1
 
 
