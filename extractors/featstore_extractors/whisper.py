@@ -44,9 +44,9 @@ class Whisper(Encoder):
     """Whisper's encoder: waveform (N,) at 16 kHz -> (ceil(N / 320), D).
 
     context: what the encoder hears. "30s" is how it was trained and how openai-whisper runs it: zeros up to 30 s, of
-        which the first frames are kept. "short" attends to the frames of the utterance alone: five to seven times
-        faster for a phrase, and other features (the silence that follows is part of what Whisper knows); no published
-        model has been trained for it.
+        which the first frames are kept. "short" attends to the frames of the utterance alone: about six times faster
+        for 5 s, and other features (the silence that follows is part of what Whisper knows, and OpenAI's weights have
+        never been without it).
     Longer than 30 s: pieces of 26 s with 2 s more on either side, each with its own loudest bin, as openai-whisper
     would take them.
     """
