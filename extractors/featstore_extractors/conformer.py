@@ -85,12 +85,10 @@ class Subsampling(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         steps: list[nn.Module] = []
-        channels, height = 1, config.mels
         for kernel, stride in config.kernels:
-            steps += [nn.Conv2d(channels, config.dim, kernel, stride), nn.ReLU()]
-            channels, height = config.dim, (height - kernel) // stride + 1
+            steps += [nn.Conv2d(config.dim if steps else 1, config.dim, kernel, stride), nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(*steps)
-        linear = nn.Linear(config.dim * height, config.dim)
+        linear = nn.Linear(config.dim * config.subsampled(config.mels), config.dim)
         if config.input_layer == "conv2d":
             self.out = nn.Sequential(linear)
         else:

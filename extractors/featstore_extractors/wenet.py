@@ -100,7 +100,10 @@ class Config:
 
     def frames(self, samples: int) -> int:
         """Frames of `samples` samples, those of the tail included; 0 where they are too few."""
-        count = (samples - WIN_LENGTH) // HOP_LENGTH + 1
+        return self.subsampled((samples - WIN_LENGTH) // HOP_LENGTH + 1)
+
+    def subsampled(self, count: int) -> int:
+        """What the convolutions make of `count` frames, or of as many mels; 0 where they are too few."""
         for kernel, stride in self.kernels:
             count = (count - kernel) // stride + 1
         return max(count, 0)
@@ -253,15 +256,17 @@ def _read_config(path: Path, size: int, mtime_ns: int) -> Config:
         record = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("encoder_conf"), dict):
-        raise ValueError(f"{path} is no train.yaml of WeNet: it has no encoder_conf with fields")
-    conf, data = record["encoder_conf"], record.get("dataset_conf") or {}
-    fbank = data.get("fbank_conf") or {}
+    if not isinstance(record, dict) or not record.get("encoder_conf"):
+        raise ValueError(f"{path} is no train.yaml of WeNet: it has no encoder_conf")
+    conf, data = _part(path, record, "encoder_conf"), _part(path, record, "dataset_conf")
+    fbank, resample = _part(path, data, "fbank_conf"), _part(path, data, "resample_conf")
     _choose(path, record, "", {"encoder": ("conformer",), "cmvn": (None, "global_cmvn")})
     _choose(path, data, "dataset_conf.", {"feats_type": ("fbank",)})
-    _choose(path, data.get("resample_conf") or {}, "dataset_conf.resample_conf.", {"resample_rate": (SAMPLE_RATE,)})
-    _choose(path, fbank, "dataset_conf.fbank_conf.", FBANK, known={"num_mel_bins", "dither"})
-    chosen = _choose(path, conf, "encoder_conf.", CHOICES, known={*NUMBERS, *TRAINING})
+    _choose(path, resample, "dataset_conf.resample_conf.", {"resample_rate": (SAMPLE_RATE,)})
+    _know(path, fbank, "dataset_conf.fbank_conf.", {*FBANK, "num_mel_bins", "dither"})
+    _choose(path, fbank, "dataset_conf.fbank_conf.", FBANK)
+    _know(path, conf, "encoder_conf.", {*CHOICES, *NUMBERS, *TRAINING})
+    chosen = _choose(path, conf, "encoder_conf.", CHOICES)
     numbers = {name: _whole(path, f"encoder_conf.{name}", conf.get(name, default)) for name, default in NUMBERS.items()}
     mels = _whole(path, "dataset_conf.fbank_conf.num_mel_bins", fbank.get("num_mel_bins", MELS))
     _choose(path, record, "", {"input_dim": (mels,)})
@@ -272,26 +277,37 @@ def _read_config(path: Path, size: int, mtime_ns: int) -> Config:
         raise ValueError(f"{path}: cnn_module_kernel: {kernel} must be odd where causal is false")
     if (chosen["pos_enc_layer_type"], chosen["selfattention_layer_type"]) == ("rel_pos", "selfattn"):
         raise ValueError(f"{path}: pos_enc_layer_type: rel_pos needs selfattention_layer_type: rel_selfattn")
-    return Config(
+    config = Config(
         mels=mels, dim=numbers["output_size"], heads=heads, linear_units=numbers["linear_units"],
         layers=numbers["num_blocks"], kernel=kernel, input_layer=chosen["input_layer"],
         position=chosen["pos_enc_layer_type"],
         activation=chosen["activation_type"], norm=chosen["cnn_module_norm"], macaron=chosen["macaron_style"],
         causal=chosen["causal"], chunk=numbers["static_chunk_size"], dynamic=chosen["use_dynamic_chunk"],
         cmvn=_cmvn_name(record))
+    if not config.subsampled(mels):
+        raise ValueError(f"{path}: num_mel_bins: {mels} are too few for input_layer: {config.input_layer}")
+    return config
 
 
-def _choose(path: Path, record: Mapping[str, Any], prefix: str, choices: Mapping[str, tuple[Any, ...]],
-            known: set[str] | None = None) -> dict[str, Any]:
-    """What `record` says of each of `choices`, the first of them where it is silent.
+def _part(path: Path, record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The fields under `name`, none where it is absent."""
+    part = record.get(name) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"{path}: {name}: expected fields, found {part!r}")
+    return part
 
-    Raises:
-        ValueError: for a value that is no choice, and, if `known` is given, for a field that is neither known.
-    """
-    for name in record if known is not None else ():
-        if name not in choices and name not in known:  # type: ignore[operator]
+
+def _know(path: Path, record: Mapping[str, Any], prefix: str, known: set[str]) -> None:
+    """ValueError for a field that is not known: it could change a number."""
+    for name in record:
+        if name not in known:
             raise ValueError(f"{path}: {prefix}{name}: {record[name]} is not known here; known are "
-                             f"{', '.join(sorted({*choices, *known}))}")  # type: ignore[misc]
+                             f"{', '.join(sorted(known))}")
+
+
+def _choose(path: Path, record: Mapping[str, Any], prefix: str,
+            choices: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """What `record` says of each of `choices`, the first of them where it is silent; ValueError for any other."""
     chosen = {}
     for name, values in choices.items():
         value = record.get(name, values[0])
