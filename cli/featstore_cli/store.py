@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,7 @@ from . import cli, display
 from .request import all_requests, extractors_of, json_option, names_option, open_store, requests_option, ways_out
 
 if TYPE_CHECKING:
-    from featstore import Feature, Plan, Report, Store, StoredUtterance
+    from featstore import Extractor, Feature, Plan, Report, Store, StoredUtterance
 
 STORE = click.argument("store", type=click.Path(path_type=Path))
 CORPUS = click.argument("corpus", type=click.Path(path_type=Path, exists=True))
@@ -57,8 +58,9 @@ def scan(corpus: Path, out: Path, pattern: str | None, speaker: str | None, key:
 @requests_option(required=True)
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--replace", is_flag=True, help="Let names that stand for other settings stand for these.")
-@click.option("--device", default="cpu", show_default=True, help="Where encoders run: cpu, cuda, cuda:0.")
-@click.option("--workers", type=click.IntRange(0), help="Processes.  [default: one per core]")
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE",
+              help="Where encoders run: cpu, cuda, cuda:0,1 (both share the work), mps.")
+@click.option("--workers", type=click.IntRange(0), help="Processes.  [default: one per core, or as memory allows]")
 @click.option("--commit-every", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True,
               metavar="SECONDS", help="What a killed run loses at most.")
 @click.option("--allow-failures", default="0", show_default=True, metavar="N|P%",
@@ -165,7 +167,10 @@ def why(store: Path, utterance: str, feature: str, requests: tuple[str, ...], re
     else:
         display.say(display.visible(f"{utterance} {feature}: {found.state}. {found.reason}"))
         for name, (old, new) in found.differs.items():
-            display.say(f"  {name}: stored {old!r}, now {new!r}")
+            if name == "weights" and asked:
+                display.say(display.visible(_weights_line(old, new, next(iter(asked.values())))))
+            else:
+                display.say(f"  {name}: stored {old!r}, now {new!r}")
         display.say(display.visible(f"  audio {path}: " + ("read again" if source else "not found here, not compared")))
     if found.state not in ("fresh", "imported"):
         raise click.exceptions.Exit(1)
@@ -438,6 +443,17 @@ def _source_now(utterance: StoredUtterance) -> tuple[bytes | None, str]:
         return audio.source_digest(audio.file_digest(path), utterance.start_s, utterance.end_s), str(path)
     except errors.BadAudio:
         return None, str(path)
+
+
+def _weights_line(old: str | None, new: str | None, extractor: Extractor) -> str:
+    """Two digests, cut to what tells them apart, and the file that the new one is of."""
+    from featstore_extractors.weights import tensor_files
+
+    path: Path | None = getattr(extractor, "path", None)
+    with contextlib.suppress(OSError, ValueError):  # a layout of its own: the folder will do
+        path = tensor_files(path)[0] if path is not None else None
+    was, now = (digest[:19] + "..." if digest else "none" for digest in (old, new))
+    return f"  weights: {was} (stored) is now {now}" + (f" ({path})" if path is not None else "")
 
 
 def _served(store: Store, feature: Feature) -> bool:
