@@ -93,5 +93,6 @@ def main() -> None:
 
 
 from . import store as _store  # noqa: E402  - its commands register themselves with `cli`
+from . import weights as _weights  # noqa: E402
 
-__all__ = ["_store", "cli", "main"]
+__all__ = ["_store", "_weights", "cli", "main"]

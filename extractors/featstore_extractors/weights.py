@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 from . import hub
 from .hub import HUB
 
-__all__ = ["HUB", "Preset", "digest", "file_digest", "json_of", "local", "locate", "packaged", "presets", "recorded",
-           "rehash", "remembered", "tensor_files"]
+__all__ = ["HUB", "Preset", "absent", "asked", "changed", "digest", "file_digest", "json_of", "local", "locate",
+           "packaged", "presets", "recorded", "rehash", "remembered", "tensor_files"]
 
 SETTLED_S = 2.0  # a file changed later than this before it was hashed may change again without a change of its time
 LAYOUTS = (("model.safetensors.index.json", "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
@@ -37,11 +37,18 @@ _downloads: dict[str, dict[str, str]] = {}      # of this process: hub id -> rev
 
 
 class Preset(NamedTuple):
-    """A request that stands for certain weights. hub: their id, "" where there is none."""
+    """A request that stands for certain weights.
+
+    wanted: what it names, a hub id or a path, or the hub id that stands for nothing named; "" where there is none.
+    named: whether it names it, so that it may be downloaded.
+    expected: what must be put there.
+    """
 
     request: str
     extractor: str
-    hub: str
+    wanted: str
+    named: bool
+    expected: str
 
 
 def packaged(distribution: str, file: str, extra: str) -> Path:
@@ -71,12 +78,19 @@ def presets(extractor: str = "") -> list[Preset]:
         try:
             cls = getattr(importlib.import_module(TABLE[name].module), TABLE[name].class_name)
             requests = [name, *(f"{name}:{preset}" for preset in getattr(cls, "PRESETS", ()))]
-            built = [(request, next(iter(parse(request).values()))) for request in requests]
+            found += [asked(request, next(iter(parse(request).values()))) for request in requests]
         except ImportError:  # of an extra that is not installed
             continue
-        found += [Preset(request, name, str(getattr(made, "weights", "") or getattr(made, "model", "") or made.DEFAULT))
-                  for request, made in built if hasattr(made, "DEFAULT")]
-    return found
+    return [preset for preset in found if preset is not None]
+
+
+def asked(request: str, extractor: Any) -> Preset | None:
+    """The weights that a request stands for, by the extractor it makes; None if these ship in a package or are none."""
+    if not hasattr(extractor, "DEFAULT"):
+        return None
+    named = str(getattr(extractor, "weights", "") or getattr(extractor, "model", "") or "")
+    return Preset(request, extractor.name, named or extractor.DEFAULT, bool(named),
+                  getattr(extractor, "EXPECTED", "a folder with config.json and model.safetensors"))
 
 
 def locate(wanted: str, *, extractor: str, fetch: bool, expected: str) -> Path:
@@ -101,8 +115,15 @@ def locate(wanted: str, *, extractor: str, fetch: bool, expected: str) -> Path:
                                     f"{_ways_out(extractor, wanted, expected, named=True)}") from reason
         _record(wanted, folder)
         return folder
-    raise FileNotFoundError(f"{extractor}: {_missing(wanted, fetch, extractor)}.\n"
-                            f"{_ways_out(extractor, wanted, expected, named=fetch)}")
+    raise absent(wanted, extractor=extractor, named=fetch, expected=expected)
+
+
+def absent(wanted: str, *, extractor: str, named: bool, expected: str) -> FileNotFoundError:
+    """The error that says why weights were not found on this machine and what can be done."""
+    ways = _ways_out(extractor, wanted, expected, named)
+    if named and hub.is_id(wanted):  # nobody has tried yet
+        ways += f"\n  or download:  featstore extract does, for {extractor},weights={wanted} ({_published(wanted)})"
+    return FileNotFoundError(f"{extractor}: {_missing(wanted, named)}.\n{ways}")
 
 
 def local(wanted: str, *, extractor: str, named: bool) -> Path | None:
@@ -197,6 +218,24 @@ def recorded(hub_id: str) -> dict[str, str]:
     return found
 
 
+def changed(path: Path, hub_id: str = "") -> tuple[str, str]:
+    """(digest, what is wrong) of a checkpoint, all of its bytes read again; "" for nothing wrong.
+
+    Compared are what was remembered for the same size and time, the names that the hub gives to large files, and what
+    was recorded when `hub_id` was downloaded.
+    """
+    files, wrong = tensor_files(path), []
+    for file in files:
+        before = _known(file)
+        if before is not None and rehash(file) != before:
+            wrong.append(f"{file} does not have the bytes it had ({before}), with the same size and time or in the "
+                         "hub's cache, where files do not change: get it again")
+    now, told = digest(files), recorded(hub_id).get(path.name) if hub_id else None
+    if told not in (None, now) and not wrong:
+        wrong.append(f"{path} is not what was downloaded ({told})")
+    return now, "; ".join(wrong)
+
+
 def json_of(path: Path) -> dict[str, Any]:
     """A JSON file beside weights (config.json, preprocessor_config.json); ValueError if it is none."""
     try:
@@ -249,35 +288,37 @@ def _lacking(folder: Path, hub_id: str) -> str:
     return ", ".join(name for name in beside if not (folder / name).is_file())
 
 
-def _missing(wanted: str, named: bool, extractor: str) -> str:
+def _missing(wanted: str, named: bool) -> str:
     """Why `wanted` was not found without network."""
     if wanted.startswith("sha256:"):
         return f"no weights with digest {wanted} in $FEATSTORE_WEIGHTS or the hub's cache {hub.cache()}"
-    if named:
+    if named and not hub.is_id(wanted):
         if os.path.lexists(Path(wanted).expanduser()):
             return f"{wanted} is a link to something that does not exist"
         return f"no file or folder {wanted}{'' if '/' in wanted else ', and no hub id, which has the form OWNER/NAME'}"
+    why = "" if named else "no weights were named, and "
     folder = hub.snapshot(wanted) if wanted else None
     if folder is not None:
-        return f"no weights were named, and {wanted} is not complete in the hub's cache ({_lacking(folder, wanted)})"
-    where = f"{wanted} is not in the hub's cache {hub.cache()}" if wanted else "there are none that everybody uses"
-    return f"no weights were named, and {where}"
+        return f"{why}{wanted} is not complete in the hub's cache ({_lacking(folder, wanted)})"
+    return f"{why}{wanted} is not in the hub's cache {hub.cache()}" if wanted else (
+        "no weights were named, and there are none that everybody uses")
 
 
 def _ways_out(extractor: str, wanted: str, expected: str, named: bool) -> str:
     """What can be done, one way a line."""
     root = os.environ.get("FEATSTORE_WEIGHTS")
-    place = f"{root or '$FEATSTORE_WEIGHTS'}/{extractor}{'' if root else ' (the variable is not set)'}"
     lines = [f"  give it:      weights=PATH, where PATH is {expected}"]
     if not named:
-        lines.append(f"  or put it at: {place}, where it is found without being named")
-    if not named and wanted:
-        request = next((preset.request for preset in presets(extractor) if preset.hub == wanted
-                        and ":" in preset.request), f"{extractor},weights={wanted}")
-        lines.append(f"  or download:  -f {request} ({_published(wanted)})")
-    elif named and not hub.is_id(wanted):
-        offered = [preset.request for preset in presets(extractor) if preset.hub and ":" in preset.request]
-        lines += [f"  or download:  one of {', '.join(offered)}"] * bool(offered)
+        lines.append(f"  or put it at: {root or '$FEATSTORE_WEIGHTS'}/{extractor}"
+                     f"{'' if root else ' (the variable is not set)'}, where it is found without being named")
+    offered = [preset.request for preset in presets(extractor) if preset.named]
+    if hub.is_id(wanted):
+        if not named:
+            request = next((preset.request for preset in presets(extractor) if preset.named and
+                            preset.wanted == wanted), f"{extractor},weights={wanted}")
+            lines.append(f"  or download:  -f {request} ({_published(wanted)})")
+    elif offered:
+        lines.append(f"  or download:  one of {', '.join(offered)}")
     return "\n".join(lines)
 
 

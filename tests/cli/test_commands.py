@@ -21,7 +21,8 @@ from featstore_cli import cli, display
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = os.pathsep.join(str(ROOT / name) for name in (".", "extractors", "align", "cli", "tests"))
-COMMANDS = ["scan", "extract", "status", "why", "use", "info", "ls", "plot", "verify", "rm", "copy", "export", "import"]
+COMMANDS = ["scan", "extract", "status", "why", "use", "info", "ls", "plot", "verify", "rm", "copy", "export", "import",
+            "weights"]
 
 
 def run(*words: object) -> Result:
