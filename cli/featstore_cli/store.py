@@ -77,11 +77,13 @@ def extract(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path |
     Example: featstore extract wavs/ songs.zarr -f log-mel -f f0 -f mel44=log-mel:44k-128
     """
     import featstore as fs
+    from featstore.devices import names_of
     from featstore.extract import allowance
 
     extractors = extractors_of(requests, recipe)
     if not extractors:
         raise click.UsageError("nothing to extract: give -f REQUEST, such as -f log-mel -f f0, or -r RECIPE")
+    names_of(device)
     found = fs.corpus(corpus)
     allowance(allow_failures, len(found))
     opened = fs.open(store) if store.exists() else None
@@ -167,10 +169,11 @@ def why(store: Path, utterance: str, feature: str, requests: tuple[str, ...], re
     else:
         display.say(display.visible(f"{utterance} {feature}: {found.state}. {found.reason}"))
         for name, (old, new) in found.differs.items():
-            if name == "weights" and asked:
-                display.say(display.visible(_weights_line(old, new, next(iter(asked.values())))))
-            else:
+            if name != "weights" or spec is None or not spec.weights:
                 display.say(f"  {name}: stored {old!r}, now {new!r}")
+        if spec is not None and spec.weights:
+            file = _weights_file(next(iter(asked.values())))
+            display.say(display.visible(_weights_line(opened.feature(feature).spec.weights, spec.weights, file)))
         display.say(display.visible(f"  audio {path}: " + ("read again" if source else "not found here, not compared")))
     if found.state not in ("fresh", "imported"):
         raise click.exceptions.Exit(1)
@@ -445,15 +448,20 @@ def _source_now(utterance: StoredUtterance) -> tuple[bytes | None, str]:
         return None, str(path)
 
 
-def _weights_line(old: str | None, new: str | None, extractor: Extractor) -> str:
-    """Two digests, cut to what tells them apart, and the file that the new one is of."""
+def _weights_line(stored: str | None, now: str, file: Path | None) -> str:
+    """Two digests, cut to what tells them apart, and the file that the one is of that would be used now."""
+    was, found = (f"{digest[:19]}{'...' * (len(digest) > 19)}" if digest else "none" for digest in (stored, now))
+    return f"  weights: {was}" + (f" (stored) is now {found}" if stored != now else "") + (f" ({file})" if file else "")
+
+
+def _weights_file(extractor: Extractor) -> Path | None:
+    """The first file of an extractor's weights, or their folder where it has a layout of its own."""
     from featstore_extractors.weights import tensor_files
 
     path: Path | None = getattr(extractor, "path", None)
-    with contextlib.suppress(OSError, ValueError):  # a layout of its own: the folder will do
+    with contextlib.suppress(OSError, ValueError):
         path = tensor_files(path)[0] if path is not None else None
-    was, now = (digest[:19] + "..." if digest else "none" for digest in (old, new))
-    return f"  weights: {was} (stored) is now {now}" + (f" ({path})" if path is not None else "")
+    return path
 
 
 def _served(store: Store, feature: Feature) -> bool:
