@@ -329,7 +329,7 @@ class _Runner:
             try:
                 return self.bench.load(names)
             except CannotLoad as error:
-                if (missing := _missing(self.bench.device)) is not None:
+                if (missing := _missing(self.bench.device, str(error))) is not None:
                     raise CannotLoad(f"{', '.join(names)} cannot be loaded: {missing}") from error
                 if not out_of_memory(error.__cause__) or not self.bench.unload():
                     raise
@@ -358,16 +358,19 @@ def _too_long(device: str, seconds: float) -> str:
             "--device cpu; cut the recording (scan --slice) where the extractor takes it whole")
 
 
-def _missing(device: str) -> str | None:
-    """What torch has instead, if it is loaded and has not that device."""
+def _missing(device: str, said: str) -> str | None:
+    """What torch has instead, if it is loaded and has not that device. said: what came of using it."""
     torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return None
     kind, _, number = device.partition(":")
-    if torch is None or kind not in ("cuda", "mps"):
-        return None
+    known, instead = f"torch {torch.__version__}", "Give one that is there, or --device cpu"
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = f"only {', '.join(f'cuda:{i}' for i in range(count))}" if count else "no CUDA device"
+        return f"there is no {device}; {known} sees {there}. {instead}" if int(number or 0) >= count else None
     if kind == "mps":
-        return None if torch.backends.mps.is_available() else f"torch {torch.__version__} has no mps here: --device cpu"
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(number or 0) < count:
-        return None
-    there = f"only {', '.join(f'cuda:{i}' for i in range(count))}" if count else "no CUDA device"
-    return f"there is no {device}; torch {torch.__version__} sees {there}. Give one that is there, or --device cpu"
+        return None if torch.backends.mps.is_available() else f"there is no mps; {known} sees none. {instead}"
+    if "device string" in said:
+        return f"{known} knows no device {device!r}: expected cpu, cuda, cuda:0, several as in cuda:0,1, or mps"
+    return None

@@ -199,6 +199,8 @@ def test_a_device_that_torch_does_not_see_is_named_with_what_it_sees(tmp_path: P
     corpus, store = fs.corpus(make_corpus(tmp_path / "wavs", 1)), fs.create(tmp_path / "s.zarr")
     with pytest.raises(fs.errors.CannotLoad, match=rf"there is no cuda:{number}; torch .* sees .*--device cpu"):
         fs.extract(corpus, store, {"on-torch": OnTorch()}, workers=0, device=f"cuda:{number}")
+    with pytest.raises(fs.errors.CannotLoad, match=r"torch .* knows no device 'quda'.*expected cpu, cuda"):
+        fs.extract(corpus, store, {"on-torch": OnTorch()}, workers=0, device="quda")
     assert not store.features
 
 
