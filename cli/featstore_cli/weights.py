@@ -47,7 +47,8 @@ def list_presets(as_json: bool) -> None:
     if as_json:
         display.say_json(rows)
         return
-    display.table([[row["request"], row["wanted"] or "(your own)", row["licence"] or "", row["parameters"] and f"{row['parameters']} M" or "",
+    display.table([[row["request"], row["wanted"] or "(your own)", row["licence"] or "",
+                    f"{row['parameters']} M" if row["parameters"] else "",
                     "" if row["bytes"] is None else display.size(row["bytes"]), (row["digest"] or "")[7:19],
                     row["path"] or row["problem"] or "not here"] for row in rows],
                   ["request", "weights", "licence", "parameters", "size", "sha256", "where"])
