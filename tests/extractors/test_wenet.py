@@ -29,6 +29,7 @@ KINDS: list[dict[str, Any]] = [
     {"input_layer": "conv2d8", "causal": False, "activation_type": "gelu", "mels": 40},
     {"cnn_module_norm": "batch_norm", "activation_type": "relu", "macaron_style": False},
     {"pos_enc_layer_type": "abs_pos", "selfattention_layer_type": "selfattn", "relative": False, "causal": False},
+    {"pos_enc_layer_type": "abs_pos", "macaron_style": False},
     {"pos_enc_layer_type": "no_pos", "kernel": 8},
 ]
 
