@@ -15,7 +15,10 @@ and more where layers are of size 1), and padded frames are zero for the positio
 
 Recordings beyond 30 s go in pieces of 24 s with 3 s more on either side, as attention grows with the square of the
 length. A piece has its own GroupNorm statistics (and its own normalisation, where the waveform is normalised), and its
-attention sees 30 s at most: its frames are not those of the whole recording at once, and they step where pieces meet.
+attention sees 30 s at most, so its frames are not those of the whole recording at once. Measured with random weights (a
+base HuBERT as transformers initialises it, 60 s of different recordings one after the other): relative L2 distance 0.13
+after layer 1 and 0.14 after layer 12, cosine of the worst frame 0.93 and 0.94, the steps where pieces meet as large as
+those within the whole. With the statistics of the whole it would be 0.02 and 0.09. Trained weights were not at hand.
 """
 
 from __future__ import annotations
@@ -236,7 +239,9 @@ class Network:
         model = _built(source, family)
         checkpoint.load_into(model, tensors, source.path, ignore=HEADS)
         self.model, self.config, self.normalise = model, source.config, source.normalise
-        torch.nn.utils.parametrize.remove_parametrizations(model.encoder.pos_conv_embed.conv, "weight")
+        positions = model.encoder.pos_conv_embed.conv
+        if torch.nn.utils.parametrize.is_parametrized(positions):  # weight norm, once for all
+            torch.nn.utils.parametrize.remove_parametrizations(positions, "weight")
         self.projection = None
         if "final_proj.weight" in tensors:
             channels, width = tensors["final_proj.weight"].shape
@@ -260,7 +265,7 @@ class Network:
         if len(set(lengths)) > 1:
             keep = torch.arange(x.shape[1], device=x.device) < torch.tensor(lengths, device=x.device)[:, None]  # (B, T)
             x = x.masked_fill(~keep[..., None], 0)
-        x = x + encoder.pos_conv_embed(x)
+        x = x + self._positions(x, keep)
         x = x.float() if pre_norm else encoder.layer_norm(x)  # the stream is single precision: only products are halved
         mask = self._mask(x, keep)
         found = {0: x}
@@ -295,6 +300,15 @@ class Network:
     def _projected(self, x: Any) -> Any:
         projected = self.model.feature_projection(x)
         return projected[0] if isinstance(projected, tuple) else projected  # wav2vec2 and WavLM give its input as well
+
+    def _positions(self, x: Any, keep: Any) -> Any:
+        """The positional convolution of (B, T, D), which must find zeros beyond the end of a row."""
+        embed = self.model.encoder.pos_conv_embed
+        x = x.transpose(1, 2)
+        if getattr(embed, "batch_norm", None) is not None:  # in place of weight norm; it moves zeros
+            x = embed.batch_norm(x)
+            x = x if keep is None else x.masked_fill(~keep[:, None, :], 0)
+        return embed.activation(embed.padding(embed.conv(x))).transpose(1, 2)
 
     def _normalised(self, wave: Any) -> Any:
         """Mean 0 and variance 1 over the utterance alone, before any padding."""

@@ -196,6 +196,15 @@ def test_rows_do_not_depend_on_their_batch_mates(tmp_path, speech, family, large
         assert furthest(mine, alone) <= 2e-5
 
 
+def test_a_batch_norm_before_the_positions_moves_no_padding(tmp_path, speech):
+    """Where HuBERT has one instead of weight norm (conv_pos_batch_norm)."""
+    options = {"conv_pos_batch_norm": True}
+    run = Hubert(weights=str(hubert_folder(tmp_path, **options)), dtype="float32").load("cpu")
+    found = run([speech, speech[:20000]])
+    assert furthest(found[0], of_transformers(speech_model(**options), speech)[-1]) <= 1e-5
+    assert furthest(found[1], run([speech[:20000]])[0]) <= 2e-5
+
+
 def test_rows_of_one_length_do_not_depend_on_each_other(tmp_path, speech):
     run = Hubert(weights=str(hubert_folder(tmp_path)), dtype="float32").load("cpu")
     pair = [speech[:16000], speech[16000:32000]]
@@ -210,6 +219,19 @@ def test_half_precision_is_near(tmp_path, speech, family):
     for full, half in zip(features(KINDS[family], folder, waves), features(KINDS[family], folder, waves,
                                                                            precision="bf16"), strict=True):
         assert 0 < furthest(half, full) <= 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own parts while it compiles
+def test_compiled_layers_give_the_same(tmp_path, speech, family):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    folder = hubert_folder(tmp_path, family=family, large=True)
+    waves = [speech[:24000], speech[:16000]]
+    for mine, plain in zip(features(KINDS[family], folder, waves, compile=True), features(KINDS[family], folder, waves),
+                           strict=True):
+        assert furthest(mine, plain) <= 1e-5
 
 
 # Layers
