@@ -349,16 +349,17 @@ def _gated_attention(attention: Any, x: Any, bias: Any, keep: Any) -> Any:
     Each head's query position scales the bias (1, H, T, T) by a gate in 1 to 2 + c of its own input. transformers goes
     through the full attention weights; one fused product does here.
     """
-    torch = required("torch", "encoders")
+    from torch.nn.functional import scaled_dot_product_attention  # not by `required`, which breaks a compiled graph
+
     heads = x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)                    # (B, H, T, D / H)
     gates = attention.gru_rel_pos_linear(heads).float().unflatten(-1, (2, 4)).sum(-1).sigmoid()
     update, reset = gates.chunk(2, dim=-1)                                                # (B, H, T, 1) each
     mask = (update * (reset * attention.gru_rel_pos_const - 1) + 2) * bias                # (B, H, T, T)
     if keep is not None:
-        mask = mask.masked_fill(~keep[:, None, None, :], -torch.inf)
+        mask = mask.masked_fill(~keep[:, None, None, :], float("-inf"))
     query, key, value = (product(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
                          for product in (attention.q_proj, attention.k_proj, attention.v_proj))
-    mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype))
+    mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype))
     return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
