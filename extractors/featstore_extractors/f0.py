@@ -67,7 +67,7 @@ class F0:
     sample_rate: Hz; 0 takes the tracker's own, 24000 for signal processing and 16000 for networks.
     hop: samples between frames; 0 takes sample_rate / 200, one frame every 5 ms.
     floor_hz, ceiling_hz: the range searched.
-    threshold: of voicing, for the trackers that have one (swift 0.5, crepe 0.21, fcpe 0.1, praat 0.45); higher
+    threshold: of voicing, for the trackers that have one (swift 0.5, crepe 0.4, fcpe 0.1, praat 0.45); higher
         is stricter.
     model: of crepe, "tiny" or "full".
 
@@ -391,7 +391,7 @@ def _load_crepe(settings: F0, device: str) -> Tracks:
 
 # FCPE (Luo et al. 2025, arXiv 2509.15140), MIT, through torchfcpe; the network ships in the wheel
 
-_FCPE_BATCH = 240 * NEURAL_RATE  # samples in one pass, with padding: 0.6 GB
+_FCPE_BATCH = 240 * NEURAL_RATE  # samples in one pass, with padding: 0.7 GB
 _FCPE_REACH = 432  # samples by which its first and last windows reach beyond the ends, where it reflects the waveform
 
 
