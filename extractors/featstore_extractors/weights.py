@@ -9,6 +9,7 @@ at any time.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib
@@ -258,8 +259,10 @@ def _root() -> Path | None:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except ValueError:  # a name that no file can have
-        return False
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:  # a name that no file can have
+            return False
+        raise
 
 
 def _opened(path: Path) -> Path:
