@@ -17,7 +17,19 @@ import numpy as np
 
 from .errors import BadRequest, CannotLoad
 from .spec import Extractor
-from .work import Collected, Cutter, Made, Pass, Piece, Workbench, passes, reason, with_last
+from .work import (
+    Collected,
+    Cutter,
+    Made,
+    Pass,
+    Piece,
+    Workbench,
+    out_of_memory,
+    passes,
+    reason,
+    too_large,
+    with_last,
+)
 
 BUDGET_S = 240.0  # padded seconds of a batch, until memory runs out
 MOST = 64         # waveforms of a batch
@@ -123,7 +135,7 @@ class Devices:
     A pass over a batch that fails is halved until what fails is alone. Where memory ran out, later batches are smaller,
     and the encoders are kept on the device one at a time if they do not fit together.
 
-    idle: called about once a second while `add` or `rest` wait.
+    idle: called now and then while `add` or `rest` wait, at least once a second.
     """
 
     def __init__(self, extractors: Mapping[str, Extractor], devices: Sequence[str], spool: Path,
@@ -241,8 +253,8 @@ class Devices:
         self._queue.put(batch)
 
     def _wait(self) -> None:
-        if not wait(self._batches, TICK_S, FIRST_COMPLETED).done:
-            self._idle()
+        wait(self._batches, TICK_S, FIRST_COMPLETED)
+        self._idle()
 
     def _take(self, batch: _Batch) -> None:
         for one, found in zip(batch.waiting, batch.future.result(), strict=True):
@@ -316,7 +328,7 @@ class _Runner:
             if full and self.bench.unload(but=names):
                 empty_cache(self.bench.device)
                 return self._halved(names, waves)
-            return [_too_long(self.bench.device, seconds) if full else why]
+            return [too_large(self.bench.device, seconds) if full else why]
         if full:
             self.budgets[names].failed(seconds * len(waves))
             return self._outputs(names, waves)
@@ -337,25 +349,12 @@ class _Runner:
             self.bench.load(names)
 
 
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether `error` says that memory ran out: Python's own, or one of torch's, which need not be imported here."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and any(words in said for words in
-                                                ("out of memory", "can't allocate memory", "alloc_failed")))
-
-
 def empty_cache(device: str) -> None:
     """Give back what torch keeps of a device's memory, if torch is there."""
     gc.collect()  # networks are full of cycles
     backend: Any = getattr(sys.modules.get("torch"), device.partition(":")[0], None)
     if hasattr(backend, "empty_cache"):
         backend.empty_cache()
-
-
-def _too_long(device: str, seconds: float) -> str:
-    return (f"{device} has too little memory for a piece of {seconds:.1f} s alone: free some, use a smaller model, or "
-            "--device cpu; cut the recording (scan --slice) where the extractor takes it whole")
 
 
 def _missing(device: str, said: str) -> str | None:

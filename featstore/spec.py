@@ -45,7 +45,8 @@ class Extractor(Protocol):
             from the highest |frame| of the utterance; stored x scale = frames.
         together (None): extractors of one class with equal `together` share a forward pass:
             `load_together(extractors, device)`, a class method, returns run(waves) -> a list of arrays per extractor.
-        accelerated (False): gains from `device`; runs in batches there, in worker processes on the CPU.
+        accelerated (False): gains from `device`: loaded once on each that the user names, and run there in batches,
+            each device in its thread; on the CPU in worker processes.
 
     A field with metadata `{"identity": False}` (a path, say) stays out of the identity.
     """

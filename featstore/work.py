@@ -113,7 +113,8 @@ class Workbench:
                  threads: int | None = None) -> None:
         self.extractors, self.device, self.spool, self.deferred = extractors, device, spool, frozenset(deferred)
         self.threads = threads
-        self._passes = {name: names for names in passes(extractors) for name in names}
+        here = {name: extractor for name, extractor in extractors.items() if name not in self.deferred}
+        self._passes = {name: names for names in passes(here) for name in names}
         self._runs: dict[Pass, ManyRun] = {}
 
     def make(self, task: Task) -> Made:
@@ -273,7 +274,8 @@ class Collected:
         except CannotLoad:
             raise
         except Exception as error:  # whatever an extractor does wrong costs this feature of this utterance
-            return self._fail(reason(error))
+            seconds = len(piece.wave) / self.bench.extractors[self.names[0]].sample_rate
+            return self._fail(too_large("cpu", seconds) if out_of_memory(error) else reason(error))
         self.take(piece, arrays)
 
     def take(self, piece: Piece, found: Sequence[np.ndarray] | str) -> None:
@@ -353,6 +355,21 @@ def passes(extractors: Mapping[str, Extractor]) -> list[Pass]:
 def reason(error: Exception) -> str:
     """ValueError is the protocol's word for a waveform that cannot be used; others name themselves."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether `error` says that memory ran out: Python's own, or one of torch's, which need not be imported here."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and any(words in said for words in
+                                                ("out of memory", "can't allocate memory", "alloc_failed")))
+
+
+def too_large(device: str, seconds: float) -> str:
+    """Why there are no frames of a piece that does not fit even alone."""
+    instead = "with fewer --workers" if device == "cpu" else "on a larger device or with --device cpu"
+    return (f"{device} has too little memory for a piece of {seconds:.1f} s alone: run it {instead}, or with a smaller "
+            "model; where the extractor takes recordings whole, cut them (scan --slice)")
 
 
 def with_last(blocks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool]]:

@@ -153,11 +153,12 @@ class Meeting(OnDevice):
 class Uneven(OnDevice):
     """Takes a while that differs from batch to batch, so that devices overtake one another."""
 
+    least_s: float = field(default=0.0, metadata={"identity": False})
     name: ClassVar[str] = "uneven"
 
     def load(self, device: str) -> Run:
         def run(waves: list[np.ndarray]) -> list[np.ndarray]:
-            time.sleep(zlib.crc32(waves[0].tobytes()) % 7 / 500)
+            time.sleep(self.least_s + zlib.crc32(waves[0].tobytes()) % 7 / 500)
             return [self.of(wave) for wave in waves]
 
         return run
@@ -169,7 +170,7 @@ class OutOfMemoryError(RuntimeError):
 
 @dataclass(frozen=True)
 class Tight(OnDevice):
-    """Holds `fits` padded seconds at once; complains of more in one of the ways that there are."""
+    """Holds `fits` padded seconds at once; of more it complains in one of the ways that there are."""
 
     fits: float = 1.0
     how: str = field(default="toy", metadata={"identity": False})

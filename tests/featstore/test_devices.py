@@ -147,6 +147,8 @@ def test_a_waveform_that_does_not_fit_alone_is_its_own_failure(tmp_path: Path) -
     assert "toy:0 has too little memory for a piece of 1.0 s alone" in report.failures[0].reason
     assert "--device cpu" in report.failures[0].reason
     assert len(store.features["tight"]) == 4 and len(store.features["mean"]) == 5
+    again = fs.extract(fs.corpus(folder), store, {"tight": Tight(fits=0.5)}, workers=0)
+    assert "cpu has too little memory" in again.failures[0].reason and "--workers" in again.failures[0].reason
 
 
 def test_a_budget_grows_back_towards_what_failed_and_not_beyond() -> None:
@@ -265,6 +267,27 @@ def test_ctrl_c_keeps_what_devices_have_done(tmp_path: Path, monkeypatch: pytest
     assert report.interrupted and 0 < report.done < 60
     assert len(fs.open(store.path).features["uneven"]) == report.done
     assert fs.extract(corpus, store, extractors, workers=0, device="toy:0").done == 60 - report.done
+
+
+TWICE = """
+import os, signal, threading
+import featstore as fs
+from toys import Uneven
+def press_twice():
+    for seconds in (1.0, 1.5):
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+store = fs.create('s.zarr')
+threading.Timer(1.0, press_twice).start()
+fs.extract(fs.corpus('wavs'), store, {'uneven': Uneven(least_s=300)}, workers=0, device='toy:0')
+"""
+
+
+def test_a_second_ctrl_c_waits_for_no_device(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "wavs")
+    done = subprocess.run([sys.executable, "-c", TWICE], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(ROOTS)})
+    assert "KeyboardInterrupt" in done.stderr
+    assert len(fs.open(tmp_path / "s.zarr").utterances) == 0
 
 
 EXTRACT = """
