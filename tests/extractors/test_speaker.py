@@ -155,6 +155,7 @@ def test_impossible_settings_are_refused(settings: dict[str, float], words: str)
 
 
 GROUP, LAYER = {}, {"feat_extract_norm": "layer", "do_stable_layer_norm": True}  # base and large
+MIXED = {"use_weighted_layer_sum": True}
 
 
 def x_vector_folder(path: Path, **settings: Any) -> Path:
@@ -178,7 +179,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return x_vector_folder(tmp_path_factory.mktemp("wavlm"))
 
 
-@pytest.mark.parametrize("settings", [GROUP, LAYER, {"use_weighted_layer_sum": True}], ids=["base", "large", "mixed"])
+@pytest.mark.parametrize("settings", [GROUP, LAYER, GROUP | MIXED, LAYER | MIXED],
+                         ids=["base", "large", "base, layers mixed", "large, layers mixed"])
 def test_x_vector_equals_transformers_and_in_a_batch_itself(settings: dict[str, Any], tmp_path: Path) -> None:
     extractor = parse(f"speaker:wavlm,model={x_vector_folder(tmp_path, **settings)}")["speaker"]
     transformers = pytest.importorskip("transformers")
