@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,10 +81,10 @@ def hubert_folder(folder: Path, *, family: str = "hubert", large: bool = False, 
 
 
 def fairseq_pt(folder: Path, *, family: str = "hubert", large: bool = False, seed: int = 0, projection: int = 0,
-               normalise: bool = False, settings: bool = True, **config: Any) -> Path:
+               normalise: bool = False, settings: str = "cfg", **config: Any) -> Path:
     """A checkpoint file with the weights of `speech_model` as fairseq writes it; for wavlm as its authors do.
 
-    settings: whether the file tells how it was made; without, sizes are all there is.
+    settings: where the file tells how it was made: cfg, args (before 2021), or "" for nowhere: sizes are all there is.
     """
     import torch
 
@@ -102,7 +103,9 @@ def fairseq_pt(folder: Path, *, family: str = "hubert", large: bool = False, see
         torch.save({"cfg": cfg, "model": tensors}, path)
     else:
         whole = {"_name": None, "model": cfg, "task": {"_name": f"{family}_pretraining", "normalize": normalise}}
-        torch.save({"args": None, "cfg": whole if settings else None, "model": tensors, "task_state": {}}, path)
+        args = argparse.Namespace(**cfg, normalize=normalise, arch=f"{family}_base")
+        torch.save({"args": args if settings == "args" else None, "cfg": whole if settings == "cfg" else None,
+                    "model": tensors, "task_state": {}}, path)
     return path
 
 

@@ -161,11 +161,18 @@ def test_a_file_of_fairseqs_and_a_folder_of_transformers_give_the_same_bytes(tmp
 
 def test_a_fairseq_file_without_readable_settings_is_read_by_its_shapes(tmp_path, speech):
     wide = {"hidden_size": 128, "num_attention_heads": 2}  # heads of 64
-    told, untold = (fairseq_pt(tmp_path / str(flag), settings=flag, **wide) for flag in (True, False))
+    told, untold = (fairseq_pt(tmp_path / f"told-{where}", settings=where, **wide) for where in ("cfg", ""))
     assert features(Hubert, told, [speech])[0].tobytes() == features(Hubert, untold, [speech])[0].tobytes()
-    large = fairseq_pt(tmp_path / "large", large=True, settings=False, **wide)
+    large = fairseq_pt(tmp_path / "large", large=True, settings="", **wide)
     assert Hubert(weights=str(large)).recorded["pre_norm"] is True
     assert Hubert(weights=str(large)).recorded["normalise"] == "fairseq"
+
+
+def test_a_fairseq_file_from_before_cfg_tells_it_in_args(tmp_path, speech):
+    told, args = (fairseq_pt(tmp_path / where, family="wav2vec2", normalise=True, settings=where)
+                  for where in ("cfg", "args"))
+    assert Wav2Vec2(weights=str(args)).recorded == Wav2Vec2(weights=str(told)).recorded
+    assert features(Wav2Vec2, args, [speech])[0].tobytes() == features(Wav2Vec2, told, [speech])[0].tobytes()
 
 
 @pytest.mark.parametrize(("kind", "head"), [
@@ -403,6 +410,13 @@ def test_a_missing_tensor_is_named(tmp_path):
 def test_an_unexpected_tensor_is_named(tmp_path):
     folder = hubert_folder(tmp_path, extra={"encoder.layers.0.surprise.weight": torch.ones(3)})
     with pytest.raises(ValueError, match=r"1 unexpected \(encoder\.layers\.0\.surprise\.weight\)"):
+        Hubert(weights=str(folder)).load("cpu")
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
+    name = "encoder.layers.1.feed_forward.output_dense.bias"
+    folder = hubert_folder(tmp_path, extra={name: torch.full((32,), torch.nan)})
+    with pytest.raises(ValueError, match=rf"damaged: NaN or infinity in 1 of \d+ tensors \({name}\)"):
         Hubert(weights=str(folder)).load("cpu")
 
 
