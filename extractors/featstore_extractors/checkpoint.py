@@ -7,6 +7,7 @@ only tensors, plain containers and numbers need is fine, classes of the training
 
 from __future__ import annotations
 
+import _compat_pickle
 import argparse
 import io
 import json
@@ -29,8 +30,6 @@ NEEDED = re.compile(r"argparse\.Namespace|collections\.(OrderedDict|Counter)|_co
                     r"builtins\.(bytearray|set|complex)|torch\.[A-Za-z0-9_]+|torch\.nn\.parameter\.Parameter|"
                     r"torch\.storage\.\w+|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|"
                     r"torch\.serialization\._get_layout|torch\.sparse\.\w+|torch\.cuda\.\w+")
-PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg", "posix": "os", "nt": "os"}
-
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save begin that are no zip archives
 LONGEST_HEADER = 100_000_000  # of safetensors, in bytes: its own limit
 KINDS = (  # first bytes of what is mistaken for weights
@@ -118,12 +117,14 @@ def _checked(file: Path) -> str:
     if start.startswith(b"version https://git-lfs"):
         raise _unreadable(file, f"it is a pointer of git-LFS ({size} bytes), not the weights themselves: run git lfs "
                           "pull in its folder")
-    if file.suffix == ".safetensors" or (start[8:9] == b"{" and int.from_bytes(start[:8], "little") < LONGEST_HEADER):
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < LONGEST_HEADER:  # whatever it is called
         return _checked_safetensors(file, size, start)
     if start.startswith(b"PK"):
         return _checked_zip(file, size)
     if start.startswith(LEGACY):
         return "legacy"
+    if file.suffix == ".safetensors":
+        return _checked_safetensors(file, size, start)
     if start.startswith(b"\x80"):
         refusal = _refusal(file, _names_of(file))
         raise ValueError(refusal) if refusal else _unreadable(file, "it is a pickle that torch did not write")
@@ -268,9 +269,15 @@ def _named_in_one(stream: BinaryIO) -> Iterator[str]:
     for operation, argument, _ in pickletools.genops(stream):
         if operation.name in ("GLOBAL", "INST"):
             module, _, name = str(argument).partition(" ")
-            yield f"{PYTHON_2.get(module, module)}.{name}"
+            yield _today(module, name)
         elif operation.name == "STACK_GLOBAL":
-            module, name = (["?", "?", *words])[-2:]
-            yield f"{PYTHON_2.get(module, module)}.{name}"
+            yield _today(*["?", "?", *words][-2:])
         elif isinstance(argument, str):
             words.append(argument)
+
+
+def _today(module: str, name: str) -> str:
+    """A name as Python 3 has it: pickles of torch use those of Python 2. os.system calls itself posix.system."""
+    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module),
+                                                                    name))
+    return f"{'os' if module in ('posix', 'nt') else module}.{name}"
