@@ -139,7 +139,8 @@ def _checked(request: str, extractor: Any, preset: Preset) -> dict[str, Any]:
         result["digest"], changed = w.changed(path, preset.wanted)
         if changed:
             raise ValueError(changed)
-        extractor.load("cpu")
+        with w.without_downloads():
+            extractor.load("cpu")
     except (OSError, ValueError, RuntimeError) as error:
         result["problem"] = str(error)
     return result

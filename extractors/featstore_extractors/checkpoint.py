@@ -14,6 +14,7 @@ import json
 import pickletools
 import re
 import struct
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,9 @@ KINDS = (  # first bytes of what is mistaken for weights
     (b"\x89HDF", "HDF5, as of TensorFlow"), (b"\x93NUMPY", "a NumPy array"), (b"\x1f\x8b", "gzip: unpack it"),
     (b"7z\xbc\xaf", "7z: unpack it"), (b"GGUF", "GGUF, of other programs"), (b"lmgg", "GGML, of whisper.cpp"),
     (b"\x89PNG", "an image"), (b"%PDF", "a PDF"))
+
+
+_loading = threading.Lock()  # what torch takes for safe is one set for all threads
 
 
 class Inert:
@@ -210,7 +214,7 @@ def _torch(file: Path) -> dict[str, Any]:
         raise ValueError(refusal)
     stubs: list[Any] = [(Inert, name) for name in sorted(names) if _inert(name)] + [argparse.Namespace]
     try:
-        with torch.serialization.safe_globals(stubs):
+        with _loading, torch.serialization.safe_globals(stubs):
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
     except Exception as error:  # of torch, of its unpickler, of the system: they have no common root
         words = (str(error).strip().splitlines() or [""])[0][:200]

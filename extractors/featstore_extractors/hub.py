@@ -156,7 +156,7 @@ def _reason(error: Exception, hub_id: str, listed: bool) -> str:
     codes = {link.errno for link in chain if isinstance(link, OSError)}
     status = next((code for link in chain if (code := _status(link))), 0)
     where = required("huggingface_hub.constants", "encoders").ENDPOINT
-    if codes & set(FULL):
+    if codes & set(FULL) or any("No space left" in str(link) for link in chain):  # as the Rust part of it says
         return (f"no space left for it in the hub's cache {cache()}: make room, or set HF_HOME to a folder on another "
                 "disk")
     if codes & set(LOCKED):

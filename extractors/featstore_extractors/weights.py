@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -26,13 +27,14 @@ from . import hub
 from .hub import HUB
 
 __all__ = ["HUB", "Preset", "absent", "asked", "changed", "digest", "file_digest", "json_of", "local", "locate",
-           "packaged", "presets", "recorded", "rehash", "remembered", "tensor_files"]
+           "packaged", "presets", "recorded", "rehash", "remembered", "tensor_files", "without_downloads"]
 
 SETTLED_S = 2.0  # a file changed later than this before it was hashed may change again without a change of its time
 LAYOUTS = (("model.safetensors.index.json", "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 CHECKPOINTS = {".pt", ".pth", ".bin", ".safetensors", ".ckpt"}
 MODEL = ("config.json", "train.yaml")  # what makes a folder more than the files in it
 
+_forbidden: ContextVar[bool] = ContextVar("_forbidden", default=False)  # see `without_downloads`
 _digests: dict[str, tuple[int, int, str]] = {}  # of this process: path -> size, mtime in ns, sha256
 _downloads: dict[str, dict[str, str]] = {}      # of this process: hub id -> revision -> sha256
 
@@ -108,15 +110,25 @@ def locate(wanted: str, *, extractor: str, fetch: bool, expected: str) -> Path:
     found = local(wanted, extractor=extractor, named=fetch)
     if found is not None:
         return found
-    if fetch and hub.is_id(wanted):
+    if fetch and hub.is_id(wanted) and not _forbidden.get():
         try:
             folder = hub.download(wanted)
         except hub.Unavailable as reason:
-            raise FileNotFoundError(f"{extractor}: {wanted} is not on this machine, and {reason}.\n"
+            raise FileNotFoundError(f"{extractor}: {_missing(wanted, named=True)}, and {reason}.\n"
                                     f"{_ways_out(extractor, wanted, expected, named=True)}") from reason
         _record(wanted, folder)
         return folder
     raise absent(wanted, extractor=extractor, named=fetch, expected=expected)
+
+
+@contextlib.contextmanager
+def without_downloads() -> Iterator[None]:
+    """While this lasts `locate` downloads nothing: for commands that only tell what is or would be done."""
+    before = _forbidden.set(True)
+    try:
+        yield
+    finally:
+        _forbidden.reset(before)
 
 
 def absent(wanted: str, *, extractor: str, named: bool, expected: str) -> FileNotFoundError:
@@ -132,7 +144,7 @@ def local(wanted: str, *, extractor: str, named: bool) -> Path | None:
     if wanted.startswith("sha256:"):
         return _by_digest(wanted)
     root = _root()
-    places = [Path(wanted).expanduser()] if named and wanted else []
+    places = [_path(wanted)] if named and wanted else []
     if root is not None and not named:
         places += [root / f"{extractor}{suffix}" for suffix in ("", ".pt", ".safetensors")]
     if root is not None and wanted:
@@ -253,7 +265,11 @@ def json_of(path: Path) -> dict[str, Any]:
 
 def _root() -> Path | None:
     root = os.environ.get("FEATSTORE_WEIGHTS")
-    return Path(root).expanduser() if root else None
+    return _path(root) if root else None
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - leaves ~ of nobody here as it is, where Path raises
 
 
 def _exists(path: Path) -> bool:
@@ -296,7 +312,7 @@ def _missing(wanted: str, named: bool) -> str:
     if wanted.startswith("sha256:"):
         return f"no weights with digest {wanted} in $FEATSTORE_WEIGHTS or the hub's cache {hub.cache()}"
     if named and not hub.is_id(wanted):
-        if os.path.lexists(Path(wanted).expanduser()):
+        if os.path.lexists(_path(wanted)):
             return f"{wanted} is a link to something that does not exist"
         return f"no file or folder {wanted}{'' if '/' in wanted else ', and no hub id, which has the form OWNER/NAME'}"
     why = "" if named else "no weights were named, and "
@@ -404,8 +420,7 @@ def _combined(digests: Sequence[str]) -> str:
 
 
 def _memory() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "featstore" / "weights.json"
+    return _path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "featstore" / "weights.json"
 
 
 def _read_memory() -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ import typing
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,12 @@ def test_what_training_programs_leave_in_checkpoints_is_passed_over(tmp_path, mo
     found = read(file)
     assert same(found["model"], tensors()) and found["args"].layers == 12
     assert isinstance(found["cfg"], Inert) and isinstance(found["task_state"]["target_dictionary"], Inert)
+
+
+def test_threads_read_checkpoints_at_once(parity):
+    file = parity / "encoders" / "contentvec" / "contentvec_tiny_legacy.pt"
+    with ThreadPoolExecutor(4) as pool:
+        assert len([found["model"] for found in pool.map(read, [file] * 40)]) == 40
 
 
 # What is refused, and not run.

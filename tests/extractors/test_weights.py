@@ -161,8 +161,8 @@ def test_nothing_named_and_nothing_here_says_what_to_put_where_and_what_to_ask_f
 
 def test_what_looks_like_a_path_is_never_sent_to_the_hub(server, tmp_path):
     wanted = ["./owner/model", "/owner/model", "~/model", "../owner/model", "owner/model.pt", "owner/a/model",
-              "owner\\model", "medium", "model.safetensors", "owner/mod el", "https://127.0.0.1/owner", "owner/model/",
-              "a" * 3000, "owner/", "sha256:0123456789"]
+              "owner\\model", "~nobody-here/model", "medium", "model.safetensors", "owner/mod el", "owner/model/",
+              "https://127.0.0.1/owner", "a" * 3000, "owner/", "sha256:0123456789"]
     told = elsewhere(server.url, *wanted, home=tmp_path)
     assert told.count("refused: whisper: no ") == len(wanted)
     assert "no hub id, which has the form OWNER/NAME" in told and "one of whisper:tiny" in told
@@ -299,6 +299,26 @@ def test_bytes_that_change_behind_size_and_time_are_told(tmp_path):
 
 
 # The hub.
+
+
+def test_a_command_that_only_tells_can_forbid_downloads():
+    with weights.without_downloads(), pytest.raises(FileNotFoundError) as refused:
+        find("openai/whisper-tiny")
+    assert str(refused.value).startswith(f"whisper: openai/whisper-tiny is not in the hub's cache {hub.cache()}.\n")
+    assert "or download:  featstore extract does, for whisper,weights=openai/whisper-tiny (" in str(refused.value)
+
+
+def test_what_is_incomplete_in_the_cache_is_completed_where_it_is_named(server, tmp_path):
+    server.models["facebook/hubert-base-ls960"] = MODEL
+    incomplete = elsewhere(server.url, "facebook/hubert-base-ls960", home=tmp_path)
+    folder = Path(incomplete.splitlines()[0])
+    (folder / "preprocessor_config.json").unlink()
+    (tmp_path / "featstore" / "weights.json").unlink()  # as if another program had fetched it
+    server.log.clear()
+    told = elsewhere(server.url, "facebook/hubert-base-ls960", home=tmp_path, HF_HUB_OFFLINE="1")
+    assert "not complete in the hub's cache (preprocessor_config.json), and HF_HUB_OFFLINE" in told
+    assert elsewhere(server.url, "facebook/hubert-base-ls960", home=tmp_path).splitlines()[0] == str(folder)
+    assert (folder / "preprocessor_config.json").is_file() and "model.safetensors" not in server.files()
 
 
 def test_a_named_model_is_downloaded_once_and_only_what_is_needed_of_it(server, tmp_path):
