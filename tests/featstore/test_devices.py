@@ -360,6 +360,26 @@ def test_a_shared_pass_of_which_a_part_is_there_is_loaded_in_one_form(tmp_path: 
         np.testing.assert_array_equal(np.asarray(store[key, "l7"]), np.asarray(store[key, "l3"]) + 4)
 
 
+def test_networks_in_two_threads_give_what_they_give_in_one(tmp_path: Path) -> None:
+    from featstore_extractors import parse
+    from featstore_extractors.imports import without_broken_torchaudio
+
+    without_broken_torchaudio()
+    pytest.importorskip("transformers")
+    from checkpoints import hubert_folder, whisper_folder
+
+    requests = [f"contentvec,weights={hubert_folder(tmp_path / 'contentvec')},dtype=float32",
+                f"first=contentvec,layer=1,weights={tmp_path / 'contentvec'},dtype=float32",
+                f"whisper,weights={whisper_folder(tmp_path / 'whisper')},dtype=float32"]
+    corpus = fs.corpus(Path(__file__).resolve().parents[2] / "examples" / "corpus")
+    stores = [fs.create(tmp_path / f"{n}.zarr") for n in range(2)]
+    for store, device in zip(stores, ("cpu", "cpu:0,1"), strict=True):  # torch takes cpu:1 for the one there is
+        assert fs.extract(corpus, store, parse(*requests), workers=0, device=device).ok
+    for key, name in contents(stores[0]):
+        one, other = (np.asarray(store[key, name]) for store in stores)
+        np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(one).max(), rtol=0)
+
+
 def test_encoders_on_devices_and_workers_share_one_decode_and_one_resampling_per_rate(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
