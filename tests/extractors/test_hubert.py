@@ -15,7 +15,7 @@ import soundfile
 from checkpoints import fairseq_pt, hubert_folder, speech_model
 
 from featstore import Spec
-from featstore_extractors import parse
+from featstore_extractors import checkpoint, parse
 from featstore_extractors.hubert import ContentVec, Hubert, Network, SelfSupervised, Wav2Vec2, WavLM
 from featstore_extractors.imports import without_broken_torchaudio
 
@@ -121,22 +121,31 @@ def test_models_of_full_size_are_those_of_transformers(tmp_path, speech, family)
 
 
 @pytest.mark.slow
-def test_fairseq_itself_agrees(tmp_path, expected):
+@pytest.mark.filterwarnings("ignore")  # fairseq uses what torch has deprecated
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+def test_fairseq_itself_agrees(tmp_path, speech, large):
     """The published implementation on the same file; `pip install 'featstore[fairseq]'` (a C++ compiler needed)."""
     pytest.importorskip("fairseq", reason="fairseq-fixed is not installed", exc_type=ImportError)
     from fairseq.models.hubert.hubert import HubertConfig, HubertModel
     from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig
 
-    found = __import__("featstore_extractors.checkpoint", fromlist=["read"]).read(Path(expected["weights"]))
-    model = HubertModel(HubertConfig(**found["cfg"]["model"]), HubertPretrainingConfig(), [range(12)])
-    model.load_state_dict(found["model"])
+    file = fairseq_pt(tmp_path, large=large, projection=16)
+    found, told = checkpoint.read(file), speech_model(large=large).config
+    model = HubertModel(HubertConfig(
+        label_rate=50, extractor_mode="layer_norm" if large else "default", encoder_layers=told.num_hidden_layers,
+        encoder_embed_dim=told.hidden_size, encoder_ffn_embed_dim=told.intermediate_size, final_dim=16,
+        encoder_attention_heads=told.num_attention_heads, layer_norm_first=large, conv_bias=large,
+        conv_feature_layers=found["cfg"]["model"]["conv_feature_layers"], conv_pos=told.num_conv_pos_embeddings,
+        conv_pos_groups=told.num_conv_pos_embedding_groups), HubertPretrainingConfig(), [range(12)])
+    lacking = model.load_state_dict(found["model"], strict=False)
+    assert lacking.missing_keys == ["label_embs_concat"] and not lacking.unexpected_keys
     model.eval()
-    for layer in (1, 2):
+    for layer in (1, 2, 3):
         with torch.inference_mode():
-            theirs = model.extract_features(torch.from_numpy(expected["waves"][0][None]), padding_mask=None,
-                                            mask=False, output_layer=layer)[0][0].numpy()
-        mine = features(ContentVec, expected["weights"], expected["waves"][:1], layer=str(layer))[0]
-        assert np.abs(mine - theirs).max() <= 2e-5
+            theirs = model.extract_features(torch.from_numpy(speech[None]), padding_mask=None, mask=False,
+                                            output_layer=layer)[0][0].numpy()
+        assert np.abs(features(Hubert, file, [speech], layer=str(layer))[0] - theirs).max() <= 2e-5
+        assert np.abs(features(Hubert, file, [speech[:9000], speech], layer=str(layer))[1] - theirs).max() <= 2e-5
 
 
 # Layouts of the same weights
