@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ MODEL = ("config.json", "train.yaml")  # what makes a folder more than the files
 
 _forbidden: ContextVar[bool] = ContextVar("_forbidden", default=False)  # see `without_downloads`
 _digests: dict[str, tuple[int, int, str]] = {}  # of this process: path -> size, mtime in ns, sha256
+_places: dict[str, tuple[Path, list[Path]]] = {}  # of this process: digest -> where it was found, its files
 _downloads: dict[str, dict[str, str]] = {}      # of this process: hub id -> revision -> sha256
 
 
@@ -370,19 +372,23 @@ def _by_digest(wanted: str) -> Path | None:
     """
     if not re.fullmatch("sha256:[0-9a-f]{8,64}", wanted):
         raise ValueError(f"{wanted}: expected sha256: and at least 8 hexadecimal digits")
+    before = _places.get(wanted)  # encoders ask for their place again and again
+    if before is not None and all(file.is_file() for file in before[1]) and digest(before[1]).startswith(wanted):
+        return before[0]
     places = list(_checkpoints())
     for known in (_known, file_digest):
-        found: dict[str, Path] = {}
+        found: dict[str, tuple[Path, list[Path]]] = {}
         for place, files in places:
             digests = [known(file) for file in files]
             if None not in digests and _combined(list(filter(None, digests))).startswith(wanted):
                 sure = digest(files)
                 if sure.startswith(wanted):
-                    found.setdefault(sure, place)
+                    found.setdefault(sure, (place, files))
         if len(found) > 1:
             raise ValueError(f"{wanted} is the beginning of {len(found)} digests here: {hub.some(found)}")
         if found:
-            return next(iter(found.values()))
+            _places[wanted] = next(iter(found.values()))
+            return _places[wanted][0]
     return None
 
 
@@ -425,8 +431,10 @@ def _memory() -> Path:
 
 def _read_memory() -> dict[str, dict[str, Any]]:
     """What is remembered; nothing where the file is absent or damaged."""
+    file = _memory()
     try:
-        found = json.loads(_memory().read_text("utf-8"))
+        state = file.stat()
+        found = _parsed(file, state.st_ino, state.st_size, state.st_mtime_ns)
     except (OSError, ValueError):
         found = {}
     parts = found if isinstance(found, dict) else {}
@@ -435,6 +443,11 @@ def _read_memory() -> dict[str, dict[str, Any]]:
     downloads = {name: {key: value for key, value in entry.items() if isinstance(value, str)}
                  for name, entry in _dict(parts.get("downloads")).items() if isinstance(entry, dict)}
     return {"digests": digests, "downloads": downloads}
+
+
+@lru_cache(maxsize=1)
+def _parsed(file: Path, *_state: int) -> Any:
+    return json.loads(file.read_text("utf-8"))
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setattr(weights, "_digests", {})
     monkeypatch.setattr(weights, "_downloads", {})
+    monkeypatch.setattr(weights, "_places", {})
     monkeypatch.chdir(tmp_path)
     return tmp_path / "weights"
 
@@ -191,6 +192,8 @@ def test_a_digest_names_weights_wherever_they_are(places):
         full = "sha256:" + hashlib.sha256(content).hexdigest()
         assert find(full) == find(full[:15]) == place
         assert weights.digest(weights.tensor_files(find(full))) == full
+    (places / "lone.pt").rename(places / "moved.pt")
+    assert find("sha256:" + hashlib.sha256(b"two").hexdigest()) == places / "moved.pt"
 
 
 def test_a_digest_that_is_not_here_or_none_or_of_several_is_refused(places):
