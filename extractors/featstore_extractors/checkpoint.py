@@ -26,7 +26,7 @@ from .weights import tensor_files
 
 TRAINERS = ("fairseq", "omegaconf", "hydra", "numpy", "wenet", "pathlib")  # packages whose classes are not needed
 PLAIN = ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "object", "str", "tuple")  # of Python's own
-TYPING = ("typing.Any", "enum.Enum")  # that omegaconf names
+TYPING = ("typing.Any", "enum.Enum", "collections.defaultdict")  # that omegaconf names
 NEEDED = re.compile(r"argparse\.Namespace|collections\.(OrderedDict|Counter)|_codecs\.encode|"
                     r"builtins\.(bytearray|set|complex)|torch\.[A-Za-z0-9_]+|torch\.nn\.parameter\.Parameter|"
                     r"torch\.storage\.\w+|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|"
