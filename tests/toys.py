@@ -194,12 +194,15 @@ class Tight(OnDevice):
 
 @dataclass(frozen=True)
 class Heavy(Mean):
-    """Has weights, and notes where it was loaded, with how many threads; `room` of its kind fit in a process."""
+    """Has weights, and notes where it was loaded, with how many threads; `room` of its kind fit in a process, and with
+    `alone` only the weights do, not what running them takes.
+    """
 
     offset: float = 0.0
     marks: str = field(default="", metadata={"identity": False})
     room: int = field(default=9, metadata={"identity": False})
     on_device: bool = field(default=False, metadata={"identity": False})
+    alone: bool = field(default=False, metadata={"identity": False})
     name: ClassVar[str] = "heavy"
     weights_bytes: ClassVar[int] = 1 << 30
     LOADED: ClassVar[weakref.WeakSet[Callable[..., Any]]] = weakref.WeakSet()
@@ -215,6 +218,8 @@ class Heavy(Mean):
             file.write(f"{self.offset:g} {device} {os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
 
         def run(waves: list[np.ndarray]) -> list[np.ndarray]:
+            if self.alone and len(self.LOADED) > 1:
+                raise MemoryError
             return [self.of(wave) + np.float32(self.offset) for wave in waves]
 
         self.LOADED.add(run)

@@ -163,15 +163,14 @@ def test_a_budget_grows_back_towards_what_failed_and_not_beyond() -> None:
     assert 150 < budget.seconds <= 160
 
 
-def test_encoders_that_do_not_fit_on_a_device_together_take_turns(tmp_path: Path) -> None:
-    corpus, marks = fs.corpus(make_corpus(tmp_path / "wavs")), tmp_path / "loads"
-    heavies = {f"h{n}": Heavy(offset=n, marks=str(marks), room=1, on_device=True) for n in range(3)}
-    Heavy.LOADED.clear()
+@pytest.mark.parametrize("tight", [{"room": 1}, {"alone": True}])
+def test_encoders_that_do_not_fit_on_a_device_together_take_turns(tmp_path: Path, tight: dict[str, int]) -> None:
+    corpus, marks = fs.corpus(make_corpus(tmp_path / "wavs")), str(tmp_path / "loads")
     stores = [fs.create(tmp_path / f"{n}.zarr") for n in range(2)]
-    assert fs.extract(corpus, stores[0], heavies, workers=0, device="toy:0").ok
-    Heavy.LOADED.clear()
-    means = {f"h{n}": Heavy(offset=n, marks=str(marks)) for n in range(3)}
-    fs.extract(corpus, stores[1], means, workers=0)
+    for store, settings, device in zip(stores, ({"on_device": True, **tight}, {}), ("toy:0", "cpu"), strict=True):
+        Heavy.LOADED.clear()
+        heavies = {f"h{n}": Heavy(offset=n, marks=marks, **settings) for n in range(3)}
+        assert fs.extract(corpus, store, heavies, workers=0, device=device).ok
     assert contents(stores[0]) == contents(stores[1])
 
 
