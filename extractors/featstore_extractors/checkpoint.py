@@ -26,7 +26,7 @@ from .weights import tensor_files
 
 TRAINERS = ("fairseq", "omegaconf", "hydra", "numpy", "wenet", "pathlib")  # packages whose classes are not needed
 PLAIN = ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "object", "str", "tuple")  # of Python's own
-TYPING = ("typing.Any", "enum.Enum", "collections.defaultdict")  # that omegaconf names
+TYPING = ("typing.Any", "enum.Enum")  # that omegaconf names
 NEEDED = re.compile(r"argparse\.Namespace|collections\.(OrderedDict|Counter)|_codecs\.encode|"
                     r"builtins\.(bytearray|set|complex)|torch\.[A-Za-z0-9_]+|torch\.nn\.parameter\.Parameter|"
                     r"torch\.storage\.\w+|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|"
@@ -52,6 +52,19 @@ class Inert:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+def _dict_of(*_: Any) -> dict[Any, Any]:
+    """In place of a defaultdict, for what is put into it."""
+    return {}
+
+
+def _list_of(items: Any = (), *_: Any) -> list[Any]:
+    """In place of a deque."""
+    return list(items)
+
+
+STANDINS = {"collections.defaultdict": _dict_of, "collections.deque": _list_of}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -212,7 +225,8 @@ def _torch(file: Path) -> dict[str, Any]:
     refusal = _refusal(file, names)
     if refusal:
         raise ValueError(refusal)
-    stubs: list[Any] = [(Inert, name) for name in sorted(names) if _inert(name)] + [argparse.Namespace]
+    stubs: list[Any] = [(STANDINS.get(name, Inert), name) for name in sorted(names) if _inert(name)]
+    stubs.append(argparse.Namespace)
     try:
         with _loading, torch.serialization.safe_globals(stubs):
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
@@ -237,7 +251,7 @@ def _refusal(file: Path, names: set[str]) -> str:
 def _inert(name: str) -> bool:
     """Whether a stub may stand for what a pickle names."""
     package, _, rest = name.partition(".")
-    return package in TRAINERS or name in TYPING or (package == "builtins" and rest in PLAIN)
+    return package in TRAINERS or name in TYPING or name in STANDINS or (package == "builtins" and rest in PLAIN)
 
 
 def _names_of(file: Path) -> set[str]:

@@ -321,8 +321,10 @@ def _missing(wanted: str, named: bool) -> str:
     folder = hub.snapshot(wanted) if wanted else None
     if folder is not None:
         return f"{why}{wanted} is not complete in the hub's cache ({_lacking(folder, wanted)})"
-    return f"{why}{wanted} is not in the hub's cache {hub.cache()}" if wanted else (
-        "no weights were named, and there are none that everybody uses")
+    if not wanted:
+        return f"{why}there are none that everybody uses"
+    here = "on this machine, nor " if named else ""
+    return f"{why}{wanted} is not {here}in the hub's cache {hub.cache()}"
 
 
 def _ways_out(extractor: str, wanted: str, expected: str, named: bool) -> str:

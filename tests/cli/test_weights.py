@@ -166,7 +166,7 @@ def test_neither_command_downloads(tmp_path: Path) -> None:
                                   capture_output=True, text=True)
             assert done.returncode == status, done.stderr
         assert hub.log == []
-    assert "openai/whisper-tiny is not in the hub's cache" in done.stdout
+    assert "openai/whisper-tiny is not on this machine, nor in the hub's cache" in done.stdout
     assert "or download:  -f contentvec:vec768l12" in done.stdout
 
 

@@ -15,7 +15,7 @@ import tarfile
 import types
 import typing
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -158,13 +158,15 @@ def test_what_training_programs_leave_in_checkpoints_is_passed_over(tmp_path, mo
     modules("omegaconf.nodes", AnyNode=AnyNode)
     content = {"model": tensors(), "args": argparse.Namespace(arch="hubert", layers=12), "best": np.float64(1.5),
                "cfg": DictConfig({"model": AnyNode({"a": dict}), "mode": Choice.default}),
-               "extra_state": {"order": np.arange(4), "kind": np.dtype("float32"), "path": Path("/data")},
+               "extra_state": {"order": np.arange(4), "kind": np.dtype("float32"), "path": Path("/data"),
+                               "losses": defaultdict(list, {"train": [1.0]}), "last": deque([1, 2], maxlen=3)},
                "task_state": {"target_dictionary": Dictionary()}}
     file = saved(tmp_path / "hubert.pt", content, zipped)
     for name in [name for name in sys.modules if name.split(".")[0] in ("fairseq", "omegaconf")]:
         del sys.modules[name]
     found = read(file)
     assert same(found["model"], tensors()) and found["args"].layers == 12
+    assert found["extra_state"]["losses"] == {"train": [1.0]} and found["extra_state"]["last"] == [1, 2]
     assert isinstance(found["cfg"], Inert) and isinstance(found["task_state"]["target_dictionary"], Inert)
 
 

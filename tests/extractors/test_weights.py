@@ -307,7 +307,8 @@ def test_bytes_that_change_behind_size_and_time_are_told(tmp_path):
 def test_a_command_that_only_tells_can_forbid_downloads():
     with weights.without_downloads(), pytest.raises(FileNotFoundError) as refused:
         find("openai/whisper-tiny")
-    assert str(refused.value).startswith(f"whisper: openai/whisper-tiny is not in the hub's cache {hub.cache()}.\n")
+    assert str(refused.value).startswith(
+        f"whisper: openai/whisper-tiny is not on this machine, nor in the hub's cache {hub.cache()}.\n")
     assert "or download:  featstore extract does, for whisper,weights=openai/whisper-tiny (" in str(refused.value)
 
 
