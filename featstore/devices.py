@@ -34,8 +34,8 @@ from .work import (
 BUDGET_S = 240.0  # padded seconds of a batch, until memory runs out
 MOST = 64         # waveforms of a batch
 PADDED = 0.25     # of a batch at most is padding
-AHEAD = 2         # budgets per device that are gathered before they are cut into batches: more are sorted better
-HELD = 6          # budgets per device that may be under way, waveforms and results together
+AHEAD = 2         # budgets per device and pass that are gathered before they are cut: more are sorted better
+HELD = 6          # budgets per device and pass that may be under way, waveforms and results together
 TICK_S = 1.0
 PATIENCE = 8      # batches that must fit before the budget grows again
 
@@ -223,11 +223,11 @@ class Devices:
         target.utterance.open += 1
         self._gathered_s += seconds
         self._held_s += seconds
-        budget_s = max(budget.seconds for budget in self._budgets.values())
+        unit_s = max(budget.seconds for budget in self._budgets.values()) * len(self._budgets)
         idle = len(self._batches) < self._count
-        if self._gathered_s >= (budget_s / 4 if idle else budget_s * AHEAD * self._count):
+        if self._gathered_s >= (unit_s / 4 if idle else unit_s * AHEAD * self._count):
             self._dispatch()
-        while self._held_s >= budget_s * HELD * self._count:
+        while self._held_s >= unit_s * HELD * self._count:
             self._dispatch()
             self._wait()
             self._complete = self.finished()
