@@ -331,9 +331,10 @@ def _ways_out(extractor: str, wanted: str, expected: str, named: bool) -> str:
     """What can be done, one way a line."""
     root = os.environ.get("FEATSTORE_WEIGHTS")
     lines = [f"  give it:      weights=PATH, where PATH is {expected}"]
-    if not named:
-        lines.append(f"  or put it at: {root or '$FEATSTORE_WEIGHTS'}/{extractor}"
-                     f"{'' if root else ' (the variable is not set)'}, where it is found without being named")
+    if not named or hub.is_id(wanted):
+        lines.append(f"  or put it at: {root or '$FEATSTORE_WEIGHTS'}/{wanted if named else extractor}"
+                     f"{'' if root else ' (the variable is not set)'}, where it is found "
+                     f"{'by that name' if named else 'without being named'}")
     offered = [preset.request for preset in presets(extractor) if preset.named]
     if hub.is_id(wanted):
         if not named:

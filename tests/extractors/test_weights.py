@@ -366,6 +366,7 @@ def test_each_reason_for_no_download_is_told_with_what_to_do(server, tmp_path):
     assert f"have accepted its terms: do so at {server.url}/owner/gated and log in with hf auth login" in told[1]
     assert "holds no model.safetensors or pytorch_model.bin, but data.csv: download the file you mean" in told[2]
     assert all("weights=PATH, where PATH is a folder" in text for text in told)
+    assert f"or put it at: {tmp_path / 'weights'}/owner/gated, where it is found by that name" in told[1]
     server.claims["model.safetensors"] = 10**15
     assert (f"the hub's cache {tmp_path / 'hub'} has " in (full := elsewhere(server.url, "owner/huge", home=tmp_path))
             and "it takes 1,000,000,000.6 MB" not in full and "set HF_HOME to a folder on another disk" in full)
