@@ -441,9 +441,9 @@ def _of_transformers(path: Path, family: str, extractor: str) -> Source:
 def _of_fairseq(path: Path, family: str, extractor: str) -> Source:
     """The checkpoint in a file of fairseq's, or of WavLM's authors'.
 
-    Sizes are those of the tensors. What tensors do not show is taken from the file's settings where they can be read
-    (those of some files are objects of omegaconf, which are not loaded): else heads of 64 channels, pre-norm and a
-    normalised waveform where the extractor is normalised by layer, as in all published models, and standard strides.
+    Sizes are those of the tensors. What tensors do not show is taken from the settings in the file: where there are
+    none, heads of 64 channels, pre-norm and a normalised waveform where the extractor is normalised by layer, as in all
+    published models, and the standard strides.
     """
     found = checkpoint.read(path)
     tensors = found.get("model")
@@ -474,7 +474,12 @@ def _settings(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mapping(part: Any) -> dict[str, Any]:
-    """As a dict; empty for anything that is no mapping, such as an object whose class was not loaded."""
+    """As a dict; empty for anything that is no mapping. omegaconf's kind is read out of its state: {name: node}."""
+    if isinstance(part, checkpoint.Inert) and isinstance(part.state, Mapping):
+        nodes = _mapping(part.state.get("_content"))
+        states = {name: getattr(node, "state", None) for name, node in nodes.items()}
+        return {str(name): state["_val"] if isinstance(state, Mapping) and "_val" in state else nodes[name]
+                for name, state in states.items()}
     return vars(part) if isinstance(part, argparse.Namespace) else dict(part) if isinstance(part, Mapping) else {}
 
 
