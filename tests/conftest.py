@@ -10,6 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(pytestconfig: pytest.Config) -> None:
+    """Digests of weights are remembered here, not in the cache of whoever runs the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(pytestconfig.rootpath / ".pytest_cache" / "xdg")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with `audio/`, `parity/` and the corpus makers; named by FEATSTORE_SHARED, else beside the project."""
