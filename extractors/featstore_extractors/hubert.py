@@ -10,8 +10,8 @@ layer's input (pre-norm), so that their stream is normalised only behind the las
 Frames: T = (N - 400) // 320 + 1, frame i centred on sample 320 i + 200; fewer than 400 samples make none.
 Layer L is the stream after L layers: fairseq's `output_layer=L`, transformers' `hidden_states[L]`.
 
-Batches are exact. The GroupNorm takes each row's own samples (over a padded row, every frame of it would change: 0.45
-and more where layers are of size 1), and padded frames are zero for the positional convolution and unseen by attention.
+Batches are exact. The GroupNorm takes the statistics of each row's own samples (padding would change every frame of a
+row), and frames beyond a row's end are zero for the positional convolution and unseen by attention.
 
 Recordings beyond 30 s go in pieces of 24 s with 3 s more on either side, as attention grows with the square of the
 length. A piece has its own GroupNorm statistics (and its own normalisation, where the waveform is normalised), and its
