@@ -287,3 +287,14 @@ def test_progress_says_what_is_done_left_and_failed_within_80_columns() -> None:
     said = line(fs.Progress(done=9112, total=21408, audio_s=44280, audio_total_s=108000, failures=12, elapsed_s=1800))
     assert said[:80].startswith("9,112 of 21,408 utterances, 43.2 min left, 12 failed, 12.3 h of 30.0 h")
     assert "0.041 x real time" in said
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(store: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([sys.executable, "-m", "featstore", "ls", str(store)], stdout=writing,
+                              stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": ROOTS}, text=True, timeout=60)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
