@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import tomllib
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from featstore import Extractor, Store
+    from featstore import Extractor, Spec, Store
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -46,6 +47,15 @@ def extractors_of(requests: Sequence[str], recipe: Path | None) -> dict[str, Ext
     if any("." in request for request in asked) and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # for extractors of one's own, by import path
     return parse(*asked)
+
+
+def specs_of(extractors: Mapping[str, Extractor], download: bool) -> dict[str, Spec]:
+    """The full records of what was asked for; weights are fetched only by a command that will use them."""
+    from featstore import Spec
+    from featstore_extractors.weights import without_downloads
+
+    with contextlib.nullcontext() if download else without_downloads():
+        return {name: Spec.of(extractor) for name, extractor in extractors.items()}
 
 
 def open_store(path: Path) -> Store:

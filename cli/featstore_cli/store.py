@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import cli, display
-from .request import all_requests, extractors_of, json_option, names_option, open_store, requests_option, ways_out
+from .request import (
+    all_requests,
+    extractors_of,
+    json_option,
+    names_option,
+    open_store,
+    requests_option,
+    specs_of,
+    ways_out,
+)
 
 if TYPE_CHECKING:
     from featstore import Extractor, Feature, Plan, Report, Store, StoredUtterance
@@ -87,9 +96,10 @@ def extract(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path |
     found = fs.corpus(corpus)
     allowance(allow_failures, len(found))
     opened = fs.open(store) if store.exists() else None
+    specs = specs_of(extractors, download=not only_plan)  # what is missing is said before a store is made
     try:
         if only_plan:
-            _say_plan(fs.plan(found, opened, extractors, replace=replace, rehash=rehash), as_json)
+            _say_plan(fs.plan(found, opened, specs, replace=replace, rehash=rehash), as_json)
             return
         with display.ExtractProgress() as progress:
             report = fs.extract(found, opened or fs.create(store), extractors, replace=replace, device=device,
@@ -122,7 +132,7 @@ def status(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path | 
     import featstore as fs
 
     opened = open_store(store)
-    asked: dict[str, Any] = dict(extractors_of(requests, recipe))
+    asked: dict[str, Any] = dict(specs_of(extractors_of(requests, recipe), download=False))
     wanted = asked or {name: feature.spec for name, feature in opened.features.items()}
     plan = fs.plan(fs.corpus(corpus), opened, wanted, rehash=rehash, failures=fs.failures(opened), refuse=False)
     rows = [_status_row(item, plan.utterances) for item in plan.features.values()]
@@ -155,13 +165,11 @@ def why(store: Path, utterance: str, feature: str, requests: tuple[str, ...], re
     \b
     Example: featstore why songs.zarr alto1/nino_dios f0 -f f0:dio
     """
-    from featstore import Spec
-
     opened = open_store(store)
     asked = extractors_of(requests, recipe)
     if len(asked) > 1:
         raise click.UsageError("give one -f REQUEST: what FEATURE should be made of")
-    spec = Spec.of(next(iter(asked.values()))) if asked else None
+    spec = next(iter(specs_of(asked, download=False).values()), None)
     source, path = _source_now(opened.utterances[utterance])
     found = opened.why(utterance, feature, spec, source)
     if as_json:

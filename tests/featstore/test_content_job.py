@@ -26,9 +26,10 @@ ROOTS = os.pathsep.join(str(ROOT / name) for name in (".", "extractors", "align"
 CORPUS = ROOT / "examples" / "corpus"
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    """`featstore WORDS` on a machine that may not reach any hub and has no weights of its own."""
-    nowhere = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "FEATSTORE_WEIGHTS": ""}
+def run(*words: object, hub: str = "") -> subprocess.CompletedProcess[str]:
+    """`featstore WORDS` on a machine without weights of its own; it may ask no hub, or only the one at `hub`."""
+    nowhere = {"HF_HOME": "/nonexistent", "FEATSTORE_WEIGHTS": ""}
+    nowhere |= {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0"} if hub else {"HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, "-m", "featstore", *map(str, words)], capture_output=True, text=True,
                           timeout=550, env=os.environ | {"PYTHONPATH": ROOTS} | nowhere)
 
@@ -208,3 +209,16 @@ def test_a_folder_of_transformers_and_openais_file_are_one_feature_in_numbers(tm
         done("extract", CORPUS / "ljspeech", tmp_path / f"{name}.zarr", "-f", f"whisper,weights={weights}",
              "--workers", 0)
     assert contents(tmp_path / "a.zarr", "whisper") == contents(tmp_path / "b.zarr", "whisper")
+
+
+def test_commands_that_only_look_download_nothing(stored: Path, tmp_path: Path) -> None:
+    for words in (("extract", CORPUS, tmp_path / "s.zarr", "-f", "whisper:tiny", "--plan"),
+                  ("status", CORPUS, stored, "-f", "whisper:tiny"),
+                  ("why", stored, next(iter(fs.open(stored).utterances)), "whisper", "-f", "whisper:tiny")):
+        refused = run(*words, hub="http://127.0.0.1:9")
+        assert refused.returncode == 2
+        assert "or download:  featstore extract does" in refused.stderr
+        assert "127.0.0.1" not in refused.stderr  # nobody has asked there
+    asked = run("extract", CORPUS, tmp_path / "s.zarr", "-f", "whisper:tiny", hub="http://127.0.0.1:9")
+    assert asked.returncode == 2 and "127.0.0.1:9 cannot be reached" in asked.stderr
+    assert not (tmp_path / "s.zarr").exists()
