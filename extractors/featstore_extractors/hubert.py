@@ -281,7 +281,8 @@ class Network:
 
     def project(self, layer: Any) -> Any:
         """(B, T, D) -> (B, T, P) by the checkpoint's `final_proj`."""
-        assert self.projection is not None  # `projected` has refused checkpoints without
+        if self.projection is None:
+            raise ValueError("the checkpoint has no projection (final_proj)")
         return self.projection(layer)
 
     def convolved(self, waves: Sequence[Any]) -> Any:
