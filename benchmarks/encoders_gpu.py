@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
 from architectures import hubert, wenet, whisper
+from torch.utils.flop_counter import FlopCounterMode
+
 from featstore_extractors.hubert import ContentVec
 from featstore_extractors.wenet import WeNet
 from featstore_extractors.whisper import Whisper
-from torch.utils.flop_counter import FlopCounterMode
 
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
