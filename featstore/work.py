@@ -155,8 +155,9 @@ class Workbench:
             return
         try:
             self._runs[names] = self._loaded(names)
-        except (ImportError, OSError, ValueError, RuntimeError, MemoryError, AssertionError) as error:
-            raise CannotLoad(f"{', '.join(names)} cannot be loaded: {error or type(error).__name__}") from error
+        except Exception as error:  # whatever it is, it would be the same for every utterance
+            plain = isinstance(error, ImportError | OSError | ValueError | RuntimeError) and str(error)
+            raise CannotLoad(f"{', '.join(names)} cannot be loaded: {error if plain else reason(error)}") from error
         if "torch" in sys.modules and self.threads is not None:
             sys.modules["torch"].set_num_threads(self.threads)
 

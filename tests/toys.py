@@ -278,11 +278,14 @@ class Broken(Mean):
 
 @dataclass(frozen=True)
 class NoPackage(Mean):
-    """Needs what is not installed."""
+    """Needs what is not installed; or is what else `error` names."""
 
+    error: str = field(default="", metadata={"identity": False})
     name: ClassVar[str] = "no-package"
 
     def load(self, device: str) -> Run:
+        if self.error:
+            raise {"KeyError": KeyError}[self.error]("smooth")
         raise ImportError("no-package needs nonesuch: pip install nonesuch")
 
 

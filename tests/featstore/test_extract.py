@@ -290,6 +290,8 @@ def test_an_extractor_that_cannot_load_stops_the_run_with_the_reason(tmp_path: P
     for workers in (0, 1):
         with pytest.raises(fs.errors.CannotLoad, match="pip install nonesuch"):
             fs.extract(corpus, store, {"no-package": NoPackage()}, workers=workers)
+        with pytest.raises(fs.errors.CannotLoad, match="no-package cannot be loaded: KeyError: 'smooth'"):
+            fs.extract(corpus, store, {"no-package": NoPackage(error="KeyError")}, workers=workers)
 
 
 def test_failures_are_remembered_until_they_are_mended(tmp_path: Path) -> None:
