@@ -44,6 +44,7 @@ BASE: dict[str, Any] = {  # in config.json's terms, with what stands for a key t
     "conv_dim": [512] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2],
     "num_conv_pos_embeddings": 128, "num_conv_pos_embedding_groups": 16,
 }
+STEPS = ("conv_dim", "conv_kernel", "conv_stride")  # one number per convolution
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "hubert": {"feat_proj_layer_norm": True, "conv_pos_batch_norm": False},
     "wav2vec2": {"adapter_attn_dim": None},
@@ -394,9 +395,13 @@ def _built(source: Source, family: str) -> Any:
     transformers = required("transformers", "encoders")
     config = getattr(transformers, CLASSES[family])(  # no masks of training: they would ask for masked_spec_embed
         **source.config, mask_time_prob=0.0, mask_feature_prob=0.0, apply_spec_augment=False)
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(
-            config, attn_implementation="eager" if family == "wavlm" else "sdpa")  # transformers has no sdpa of WavLM's
+    attention = "eager" if family == "wavlm" else "sdpa"  # transformers has no sdpa of WavLM's
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config, attn_implementation=attention)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{source.path}: transformers makes no {family} model of what is said of it "
+                         f"({type(error).__name__}: {error})") from error
     return model.to_empty(device="cpu")
 
 
@@ -522,7 +527,13 @@ def _strides(told: Any, kernels: Sequence[int]) -> list[int]:
 
 def _check(config: Mapping[str, Any], file: Path) -> None:
     """ValueError for what no model of these kinds has."""
-    sizes = {key: len(config[key]) for key in ("conv_dim", "conv_kernel", "conv_stride")}
+    for key, standard in BASE.items():
+        value = config[key]
+        if type(value) is int and type(standard) is float:
+            continue
+        if type(value) is not type(standard) or (key in STEPS and any(type(part) is not int for part in value)):
+            raise ValueError(f"{file}: {key} is {value!r}: expected a value such as {standard!r}")
+    sizes = {key: len(config[key]) for key in STEPS}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{file}: {', '.join(f'{n} of {key}' for key, n in sizes.items())}: expected one per layer")
     if config["feat_extract_norm"] not in ("group", "layer"):

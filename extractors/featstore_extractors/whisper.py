@@ -92,8 +92,12 @@ class Whisper(Encoder):
         path = self.path
         shape = _shape(path)
         config = transformers.WhisperConfig(**dataclasses.asdict(shape), decoder_layers=0)
-        with torch.device("meta"):  # no time for random numbers that the checkpoint replaces
-            encoder = required("transformers.models.whisper.modeling_whisper", "encoders").WhisperEncoder(config)
+        whisper = required("transformers.models.whisper.modeling_whisper", "encoders")
+        try:
+            with torch.device("meta"):  # no time for random numbers that the checkpoint replaces
+                encoder = whisper.WhisperEncoder(config)
+        except KeyError as error:
+            raise ValueError(f"{path}: transformers knows no activation_function {error}") from error
         encoder = encoder.to_empty(device="cpu")
         load_into(encoder, _tensors(path), path)
         if self.precision != "fp32":  # as autocast would at every call

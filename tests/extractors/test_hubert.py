@@ -458,6 +458,22 @@ def test_a_configuration_of_another_size_is_told(tmp_path):
         Hubert(weights=str(folder)).load("cpu")
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hidden_size": "32"}, "config.json: hidden_size is '32': expected a value such as 768"),
+    ({"layer_norm_eps": None}, "config.json: layer_norm_eps is None: expected a value such as 1e-05"),
+    ({"conv_stride": 5}, "config.json: conv_stride is 5: expected a value such as"),
+    ({"conv_kernel": ["a"] * 7}, "config.json: conv_kernel is .*: expected a value such as"),
+    ({"hidden_act": "smooth"}, "transformers makes no hubert model of what is said of it .*'smooth'"),
+    ({"num_attention_heads": 5}, "transformers makes no hubert model of what is said of it .*divisible"),
+])
+def test_a_configuration_that_makes_no_sense_is_refused_with_the_file(tmp_path, change, message):
+    folder = hubert_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        Hubert(weights=str(folder)).load("cpu")
+
+
 def test_a_model_of_another_kind_is_refused_by_its_type(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "whisper", "d_model": 64}))
     with pytest.raises(ValueError, match=r"contentvec: .*\.json is of a model of type 'whisper'; expected 'hubert'"):

@@ -339,6 +339,7 @@ def test_a_folder_of_something_else_is_refused(folder: Path, tmp_path: Path, cha
 @pytest.mark.parametrize(("changes", "message"), [
     ({"encoder_layers": 4}, r"15 missing \(layers.3.fc1.bias"),
     ({"encoder_layers": 2}, r"15 unexpected \(layers.2.fc1.bias"),
+    ({"activation_function": "smooth"}, "transformers knows no activation_function 'smooth'"),
     ({"num_mel_bins": 128}, r"1 of another shape \(conv1.weight \(32, 80, 3\) instead of \(32, 128, 3\)\)"),
 ])
 def test_weights_that_do_not_fit_are_named(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
