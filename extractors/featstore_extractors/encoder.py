@@ -7,6 +7,7 @@ network; requests that differ only in layers, mix, projection or dtype share one
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,7 +171,7 @@ class Encoder:
     @property
     def together(self) -> tuple[Any, ...]:
         """What two requests must have in common to share a forward pass."""
-        return (str(self.path), self.precision, self.compile, *self.sharing())
+        return (os.path.realpath(self.path), self.precision, self.compile, *self.sharing())
 
     def load(self, device: str) -> Run:
         run = self.load_together([self], device)

@@ -120,6 +120,12 @@ def test_what_changes_the_pass_is_not_shared(weights, other):
     assert Toy(weights=weights).together != Toy(weights=weights, **other).together
 
 
+def test_two_ways_to_write_a_path_share_the_pass(weights, monkeypatch):
+    path = Path(weights)
+    monkeypatch.chdir(path.parent)
+    assert Toy(weights=path.name).together == Toy(weights=weights).together
+
+
 def test_rows_of_unlike_lengths_come_back_at_their_own(weights):
     arrays = Toy(weights=weights).load("cpu")([wave(0.3, 0.1), wave(0.02, 0.2), wave(0.1, 0.3)])
     assert [len(array) for array in arrays] == [15, 1, 5]
