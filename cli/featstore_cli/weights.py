@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import Command, cli, display
-from .request import extractors_of, json_option
+from .request import extractors_of, json_option, specs_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,6 +140,7 @@ def _checked(request: str, extractor: Any, preset: Preset) -> dict[str, Any]:
         if changed:
             raise ValueError(changed)
         with w.without_downloads():
+            specs_of({request: extractor}, download=False)  # that it has the layers and the projection asked for
             extractor.load("cpu")
     except (OSError, ValueError, RuntimeError) as error:
         result["problem"] = str(error)

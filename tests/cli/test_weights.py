@@ -96,6 +96,8 @@ def test_check_takes_any_request(tmp_path: Path) -> None:
     file = whisper_pt(tmp_path)
     done = run("check", f"w20=whisper,weights={file},layer=1")
     assert done.exit_code == 0 and done.output.startswith("ok ") and weights.file_digest(file) in done.output
+    wanting = run("check", f"contentvec:vec256l9,layer=2,weights={hubert_folder(tmp_path / 'plain')}")
+    assert wanting.exit_code == 1 and "has no projection (final_proj.weight)" in wanting.output
     refused = run("check", "f0")
     assert refused.exit_code == 2 and "f0 has no weights of its own to check" in refused.output
 
