@@ -18,7 +18,7 @@ memory. Values must be finite, and their differences too.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from .conversion import Conversion, Exact, Kind, Rows, Timing, conversion
 
 Array = Any  # numpy.ndarray or torch.Tensor, as given
 
+_KINDS = get_args(Kind)
 BLOCK = 32_000        # elements per pass, 125 KiB in float32: two blocks stay in the second cache; and torch runs what
 #                       has fewer than 32768 elements in the calling thread, which a forked process needs
 FEW_TAPS = 8          # up to here float32 sums are within 1e-6 of the exact ones; more taps are summed in float64
@@ -79,6 +80,8 @@ def source_range(start: int, stop: int, source_rate: Exact, target_rate: Exact, 
         source_length: frames of the whole source; None: the source goes on for as long as it is needed.
         kind: "continuous" (`retrans`), "f0" (`align_f0`; always by centres) or "discrete" (`nearest`).
     """
+    if kind not in _KINDS:
+        raise ValueError(_unknown(kind))
     timing = "centres" if kind == "f0" else timing
     grids = conversion(source_rate, target_rate, timing, source_centre_s, target_centre_s)
     if source_length is not None and source_length < 1:
@@ -96,6 +99,8 @@ def taps(frame: int, source_rate: Exact, target_rate: Exact, *, source_length: i
     For kind "f0" the weights are those of log-Hz between two voiced frames; where one is unvoiced, the heavier one (of
     equals the later) answers alone.
     """
+    if kind not in _KINDS:
+        raise ValueError(_unknown(kind))
     timing = "centres" if kind == "f0" else timing
     grids = conversion(source_rate, target_rate, timing, source_centre_s, target_centre_s)
     if source_length < 1:
@@ -116,11 +121,16 @@ def align(kind: Kind, x: Array, grids: Conversion, *, length: int | None = None,
     tensor = torch is not None and isinstance(x, torch.Tensor)
     if not (tensor or isinstance(x, np.ndarray)):
         raise TypeError(f"x: found {type(x).__name__}; expected a numpy array or a torch tensor")
+    if kind not in _KINDS:
+        raise ValueError(_unknown(kind))
     axis = -1 if kind == "f0" or x.ndim == 1 else -2
     stop, source_length = _checked(kind, x, axis, grids, length, start, stop, source_start, source_length)
     shape = (*x.shape[:axis], stop - start, *x.shape[x.ndim + axis + 1:])
-    if out is not None and (type(out) is not type(x) or out.shape != shape or out.dtype != x.dtype):
-        raise ValueError(f"out: found {_described(out)}; expected {type(x).__name__} {tuple(shape)} of {x.dtype}")
+    if out is not None:
+        fits = isinstance(out, np.ndarray) != tensor and getattr(out, "device", None) == getattr(x, "device", None)
+        if not (fits and out.shape == shape and out.dtype == x.dtype):
+            where = f" on {x.device}" if tensor else ""
+            raise ValueError(f"out: found {_described(out)}; expected {_described(x, shape)}{where}")
     if tensor:
         return _align_tensor(kind, x, grids, start, stop, source_start, source_length, out)
     if out is None:
@@ -160,14 +170,20 @@ def _checked(kind: Kind, x: Array, axis: int, grids: Conversion, length: int | N
     return stop, source_length
 
 
+def _unknown(kind: str) -> str:
+    return (f"kind: found {kind!r}; expected {', '.join(map(repr, _KINDS))}: samples are cut, never converted, and what "
+            "is global has no frames")
+
+
 def _outside(start: int, stop: int, length: int | None) -> str:
     most = "length" if length is None else length
     return (f"found the crop [{start}, {stop}); expected 0 <= start <= stop <= {most}, the target frames of the whole "
             "utterance: give it as length, or shorten the crop and pad")
 
 
-def _described(x: Any) -> str:
-    return f"{type(x).__name__} {tuple(getattr(x, 'shape', ()))} of {getattr(x, 'dtype', 'no dtype')}"
+def _described(x: Any, shape: tuple[int, ...] | None = None) -> str:
+    shape = tuple(getattr(x, "shape", ())) if shape is None else shape
+    return f"{type(x).__name__} {shape} of {getattr(x, 'dtype', 'no dtype')}"
 
 
 def _fill(kind: Kind, x: np.ndarray, axis: int, out: np.ndarray, grids: Conversion, start: int, stop: int,
@@ -201,7 +217,7 @@ def _fill(kind: Kind, x: np.ndarray, axis: int, out: np.ndarray, grids: Conversi
     x = np.ascontiguousarray(x)  # take would copy the whole of anything else, at every call
     if kind == "discrete":
         places = grids.places(start, stop, source_length)
-        np.take(x, (2 * places + grids.m) // (2 * grids.m) - source_start, 0, out, "clip")
+        x.take((2 * places + grids.m) // (2 * grids.m) - source_start, 0, out, "clip")
         return None
     for first in range(start, stop, grids.stretch):
         last = min(stop, first + grids.stretch)
@@ -213,7 +229,7 @@ def _fill(kind: Kind, x: np.ndarray, axis: int, out: np.ndarray, grids: Conversi
 def _mix(x: np.ndarray, out: np.ndarray, rows: Rows, source_start: int, double: bool) -> None:
     """Every row's heaviest source frame; and where there are more, b + sum w (x - b) over it, block by block."""
     base = rows.base - source_start if source_start else rows.base
-    np.take(x, base, 0, out, "clip")  # within x, as was checked: "clip" spares numpy a buffer
+    x.take(base, 0, out, "clip")  # within x, as was checked: "clip" spares numpy a buffer
     mixed = rows.mixed
     if not len(mixed):
         return
@@ -255,7 +271,7 @@ def _cast(source: np.ndarray, target: np.ndarray) -> None:
     """Copy with a change of dtype; by torch where somebody has loaded it: from and to float16 it is 20 times faster
     than numpy, and gives the same bits."""
     from_numpy = getattr(sys.modules.get("torch"), "from_numpy", None)
-    if from_numpy is not None:
+    if from_numpy is not None and source.size <= BLOCK:
         from_numpy(target).copy_(from_numpy(source))
     else:
         target[...] = source

@@ -342,12 +342,15 @@ def test_one_axis_is_time():
     assert same_bytes(with_gradients.detach().numpy(), retrans(x, 50, MEL))
 
 
-def test_memory_order_and_byte_order_change_nothing():
+def test_memory_order_and_byte_order_change_nothing(tmp_path):
     x = noise(40, 6)
     expected = retrans(x, 50, MEL)
     read_only = x.copy()
     read_only.flags.writeable = False
-    for other in (np.asfortranarray(x), np.repeat(x, 2, axis=0)[::2], read_only):
+    mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=x.shape)
+    mapped[:] = x
+    for other in (np.asfortranarray(x), np.repeat(x, 2, axis=0)[::2], read_only, mapped):
+        assert same_bytes(retrans(other, 50, MEL, out=np.empty_like(expected)), expected)
         assert same_bytes(retrans(other, 50, MEL), expected)
     swapped = retrans(x.astype(">f4"), 50, MEL)
     assert swapped.dtype == ">f4" and np.array_equal(swapped, expected)
@@ -477,6 +480,9 @@ def test_a_rounded_rate_is_refused_even_where_it_equals_one_just_used():
     (lambda: taps(-1, 50, 100, source_length=5), r"crop \[-1, 0\)"),
     (lambda: taps(9, 50, 100, source_length=5, length=9), "stop <= 9"),
     (lambda: taps(0, 50, 100, source_length=0), "at least one frame"),
+    (lambda: taps(0, 50, 100, source_length=5, kind="samples"), "'samples'; expected 'continuous', 'f0', 'discrete'"),
+    (lambda: source_range(0, 1, 50, 100, kind="global"), "found 'global'.*has no frames"),
+    (lambda: align("samples", noise(5), conversion(50, 100)), "samples are cut, never converted"),
 ])
 def test_ranges_and_taps_outside_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
