@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .errors import BadRequest, CannotLoad
-from .spec import Extractor
+from .spec import Extractor, Spec
 from .work import (
     Collected,
     Cutter,
@@ -135,11 +135,11 @@ class Devices:
     A pass over a batch that fails is halved until what fails is alone. Where memory ran out, later batches are smaller,
     and the encoders are kept on the device one at a time if they do not fit together.
 
-    idle: called now and then while `add` or `rest` wait, at least once a second.
+    idle: called now and then while `add` or `rest` wait, at least once a second. specs: see `Workbench`.
     """
 
     def __init__(self, extractors: Mapping[str, Extractor], devices: Sequence[str], spool: Path,
-                 idle: Callable[[], None]) -> None:
+                 idle: Callable[[], None], specs: Mapping[str, Spec] | None = None) -> None:
         self.extractors, self._idle, self._count = extractors, idle, len(devices)
         self._bench = Workbench(extractors, "cpu", spool)  # never loaded: what passes there are, and where spools go
         self._budgets = {names: Budget(BUDGET_S) for names in passes(extractors)}
@@ -150,7 +150,8 @@ class Devices:
         self._batches: dict[Future[Outputs], _Batch] = {}
         self._ready: list[Future[None]] = [Future() for _ in devices]
         loading = threading.Lock()  # importing torch and transformers is for one thread at a time
-        runners = [_Runner(Workbench(extractors, device, spool), self._budgets, loading) for device in devices]
+        runners = [_Runner(Workbench(extractors, device, spool, specs=specs), self._budgets, loading)
+                   for device in devices]
         self._threads = [threading.Thread(target=runner.serve, args=(self._queue, ready), daemon=True,
                                           name=f"featstore {runner.bench.device}")
                          for runner, ready in zip(runners, self._ready, strict=True)]

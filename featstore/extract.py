@@ -188,7 +188,8 @@ class _Run:
         self.total = int(todo.todo.any(axis=1).sum())
         deferred = {name: extractor for name, extractor in self.extractors.items()
                     if devices != ["cpu"] and getattr(extractor, "accelerated", False)}
-        self.devices = Devices(deferred, devices, self.spool, self._idle) if deferred else None
+        self.specs = {name: item.spec for name, item in todo.features.items() if item.spec.weights}
+        self.devices = Devices(deferred, devices, self.spool, self._idle, self.specs) if deferred else None
         self.rounds = _rounds(self.extractors, deferred, workers, self.total)
         self.tally = _Tally(todo, self.rounds)
         self.report = Report(utterances=todo.utterances, fresh=todo.utterances - self.total)
@@ -293,13 +294,13 @@ class _Run:
         deferred = tuple(self.devices.extractors) if self.devices is not None else ()
         tasks = self.tally.left(self.plan.tasks(one.names))
         if one.workers == 0:
-            bench = Workbench(extractors, "cpu", self.spool, deferred)
+            bench = Workbench(extractors, "cpu", self.spool, deferred, specs=self.specs)
             for task in tasks:
                 if self.stopping:
                     return
                 yield bench.make(task)
             return
-        bundles, begin = _bundles(tasks), (extractors, self.spool, deferred, one.threads)
+        bundles, begin = _bundles(tasks), (extractors, self.spool, deferred, self.specs, one.threads)
         while True:
             suspects: list[Task] = []
             yield from self._through_pool(begin, min(one.workers, self.total), bundles, one.workers * AHEAD, suspects)

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import audio, storage
 from .errors import BadAudio, CannotLoad, DiskFull, FeatstoreError
-from .spec import Extractor, longest_piece
+from .spec import Extractor, Spec, longest_piece
 
 SPOOL_BYTES = 16 << 20  # frames of one utterance beyond this go to a file, so that memory stays bounded
 BLOCK_S = 20.0          # decoded at a time
@@ -107,12 +107,13 @@ class Workbench:
 
     deferred: names whose waveforms are handed back in `Made.waves` instead (they run on a device, see `devices`).
     threads: of torch in this process; None leaves them as they are.
+    specs: what extractors with weights are stored as: weights that are others by the time they are loaded are refused.
     """
 
     def __init__(self, extractors: Mapping[str, Extractor], device: str, spool: Path, deferred: Sequence[str] = (),
-                 threads: int | None = None) -> None:
+                 threads: int | None = None, specs: Mapping[str, Spec] | None = None) -> None:
         self.extractors, self.device, self.spool, self.deferred = extractors, device, spool, frozenset(deferred)
-        self.threads = threads
+        self.threads, self.specs = threads, specs or {}
         here = {name: extractor for name, extractor in extractors.items() if name not in self.deferred}
         self._passes = {name: names for names in passes(here) for name in names}
         self._runs: dict[Pass, ManyRun] = {}
@@ -154,10 +155,12 @@ class Workbench:
         if names in self._runs:
             return
         try:
-            self._runs[names] = self._loaded(names)
+            run = self._loaded(names)
+            self._unchanged(names)
         except Exception as error:  # whatever it is, it would be the same for every utterance
             plain = isinstance(error, ImportError | OSError | ValueError | RuntimeError) and str(error)
             raise CannotLoad(f"{', '.join(names)} cannot be loaded: {error if plain else reason(error)}") from error
+        self._runs[names] = run
         if "torch" in sys.modules and self.threads is not None:
             sys.modules["torch"].set_num_threads(self.threads)
 
@@ -167,6 +170,13 @@ class Workbench:
         for names in others:
             del self._runs[names]
         return bool(others)
+
+    def _unchanged(self, names: Pass) -> None:
+        """ValueError if what has just been loaded is not what the run's plan saw: it would be stored under its name."""
+        for name in self.specs.keys() & set(names):
+            if differs := self.specs[name].differs(Spec.of(self.extractors[name])):
+                raise ValueError(f"its weights were replaced after the run began (other {', '.join(differs)}). What "
+                                 "was stored before is right; run the same command again")
 
     def _loaded(self, names: Pass) -> ManyRun:
         extractors: list[Any] = [self.extractors[name] for name in names]
@@ -324,13 +334,14 @@ class Collected:
                 frames.drop()
 
 
-def start(extractors: Mapping[str, Extractor], spool: Path, deferred: Sequence[str], threads: int) -> None:
+def start(extractors: Mapping[str, Extractor], spool: Path, deferred: Sequence[str], specs: Mapping[str, Spec],
+          threads: int) -> None:
     """Begin a worker process."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that commits
     global _bench
-    _bench = Workbench(extractors, "cpu", spool, deferred, threads)
+    _bench = Workbench(extractors, "cpu", spool, deferred, threads, specs)
 
 
 def work(tasks: Sequence[Task]) -> list[Made]:

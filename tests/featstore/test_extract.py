@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile as sf
 from corpora import ROOTS, age, contents, make_corpus
-from toys import Broken, Layer, Loud, Mean, NoPackage, OnDevice, Slow, Total, Whole, Windowed
+from toys import Broken, Layer, Loud, Mean, NoPackage, OnDevice, Replaced, Slow, Total, Whole, Windowed
 
 import featstore as fs
 from featstore import audio, work
@@ -292,6 +293,19 @@ def test_an_extractor_that_cannot_load_stops_the_run_with_the_reason(tmp_path: P
             fs.extract(corpus, store, {"no-package": NoPackage()}, workers=workers)
         with pytest.raises(fs.errors.CannotLoad, match="no-package cannot be loaded: KeyError: 'smooth'"):
             fs.extract(corpus, store, {"no-package": NoPackage(error="KeyError")}, workers=workers)
+
+
+@pytest.mark.parametrize("how", [{"workers": 0}, {"workers": 1}, {"workers": 0, "device": "toy:0"}])
+def test_weights_that_are_replaced_while_a_run_begins_are_not_stored_as_the_old_ones(
+        tmp_path: Path, how: dict[str, Any]) -> None:
+    corpus, store = fs.corpus(make_corpus(tmp_path / "wavs")), fs.create(tmp_path / "s.zarr")
+    weights = tmp_path / "weights"
+    weights.write_text("old")
+    with pytest.raises(fs.errors.CannotLoad, match=r"its weights were replaced after the run began .*run the same"):
+        fs.extract(corpus, store, {"replaced": Replaced(weights=str(weights))}, **how)
+    assert not store.utterances
+    fs.extract(corpus, store, {"replaced": Replaced(weights=str(weights))}, **how)
+    assert {feature.spec.weights for feature in store.features.values()} == {"new"}
 
 
 def test_failures_are_remembered_until_they_are_mended(tmp_path: Path) -> None:
