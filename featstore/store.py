@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -28,6 +28,9 @@ from .segment import Segment, group
 from .spec import NAME, Spec
 
 if TYPE_CHECKING:
+    from featstore_align.conversion import Exact, Timing
+
+    from .view import View
     from .writer import Writer
 
 FORMAT = 1
@@ -154,20 +157,21 @@ class Row:
     def __repr__(self) -> str:
         return f"<{self.feature.name} of {self.utterance}: {self.shape} {self.dtype}>"
 
-    def _frames(self, start: int, stop: int) -> np.ndarray:
+    def fill(self, start: int, out: np.ndarray) -> None:
+        """Read frames `[start, start + len(out))` into a contiguous array of the stored type."""
         try:
-            return self._read(start, stop)
+            self._segment.read(int(self._record["offset"]) + start, out)
         except FileNotFoundError:  # compacted away since the snapshot was taken: look once more
             now = self.feature.look_again(self.utterance)
             if (now._record[_SAME] != self._record[_SAME]) or now.source != self.source:
                 raise StaleFeature(f"{self.utterance}: {self.feature.name} was written anew since the store was "
                                    "opened, and the old one removed; open the store again") from None
             self._record, self._segment = now._record, now._segment
-            return self._read(start, stop)
+            self._segment.read(int(self._record["offset"]) + start, out)
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
+    def _frames(self, start: int, stop: int) -> np.ndarray:
         out = self._segment.layout.empty(stop - start)
-        self._segment.read(int(self._record["offset"]) + start, out)
+        self.fill(start, out)
         return out
 
 
@@ -397,6 +401,22 @@ class Store:
             raise BadRequest(f"store[{item!r}]: expected store[utterance, feature], "
                              "such as store['alto1/nino_dios', 'f0']")
         return self.feature(item[1])[item[0]]
+
+    def view(self, features: Sequence[str], *, like: str | None = None, rate: Exact | None = None,
+             timing: Timing = "edges", utterances: Sequence[str] | None = None) -> View:
+        """Features on one frame grid: that of the feature `like`, or `rate` frames per second (an exact number).
+
+        timing: "edges" (ReTrans as published) or "centres" (which also removes the lag between encoders).
+        utterances: those of the view; None: all, which must have all features.
+
+        Raises:
+            MissingFeature: names the features that are missing, and for how many utterances.
+            StaleFeature: features of one utterance were made from different audio.
+            BadRequest: the grid makes no sense for a feature: a frame would be no whole number of samples.
+        """
+        from .view import View  # it needs numpy's align alone, which a store that is only written does not
+
+        return View(self, features, like=like, rate=rate, timing=timing, utterances=utterances)
 
     def writer(self, *, commit_every_s: float = COMMIT_S, provenance: Mapping[str, str] | None = None) -> Writer:
         """A writer; one per process. Several writers, on several machines, may be open at once."""

@@ -155,16 +155,25 @@ def status(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path | 
 @click.argument("utterance")
 @click.argument("feature")
 @requests_option(required=False)
+@click.option("--like", metavar="NAME", help="Say what a frame is made of when aligned to the frames of NAME.")
+@click.option("--frame", type=click.IntRange(0), default=0, show_default=True, help="Which frame of NAME's grid.")
+@click.option("--timing", type=click.Choice(["edges", "centres"]), default="edges", show_default=True,
+              help="How frames are aligned.")
 @json_option
-def why(store: Path, utterance: str, feature: str, requests: tuple[str, ...], recipe: Path | None,
-        as_json: bool) -> None:
+def why(store: Path, utterance: str, feature: str, requests: tuple[str, ...], recipe: Path | None, like: str | None,
+        frame: int, timing: Any, as_json: bool) -> None:
     """Why FEATURE of UTTERANCE is or is not up to date: settings, weights, version, audio. Exit status 1 if it is not.
 
     Without -f it is compared with what is stored under its name; the recording is read again where it can be found.
+    With --like it says instead which stored frames make one frame of an aligned view, and with what weights.
 
     \b
     Example: featstore why songs.zarr alto1/nino_dios f0 -f f0:dio
+             featstore why songs.zarr alto1/nino_dios whisper --like log-mel --frame 100
     """
+    if like is not None:
+        _say_taps(open_store(store), utterance, feature, like, frame, timing, as_json)
+        return
     opened = open_store(store)
     asked = extractors_of(requests, recipe)
     if len(asked) > 1:
@@ -182,9 +191,33 @@ def why(store: Path, utterance: str, feature: str, requests: tuple[str, ...], re
         if spec is not None and spec.weights:
             file = _weights_file(next(iter(asked.values())))
             display.say(display.visible(_weights_line(opened.feature(feature).spec.weights, spec.weights, file)))
+        elif spec is None and (stored := opened.feature(feature).spec.weights):
+            display.say(f"{_weights_line(stored, stored, None)} (stored; -f REQUEST compares with those of now)")
         display.say(display.visible(f"  audio {path}: " + ("read again" if source else "not found here, not compared")))
     if found.state not in ("fresh", "imported"):
         raise click.exceptions.Exit(1)
+
+
+def _say_taps(store: Store, utterance: str, feature: str, like: str, frame: int, timing: Any, as_json: bool) -> None:
+    """Which stored frames make one frame of a view."""
+    try:
+        view = store.view([feature], like=like, timing=timing, utterances=[utterance])
+        taps = view.taps(utterance, feature, frame)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if as_json:
+        display.say_json({"utterance": utterance, "feature": feature, "like": like, "frame": frame, "timing": timing,
+                          "taps": [[source, str(weight)] for source, weight in taps]})
+        return
+    at = float(view.centre_s + frame / view.rate)
+    display.say(display.visible(f"{utterance}: frame {frame} of {like}, centred at {at:.4f} s, by {timing}"))
+    if store.feature(feature).kind == "samples":
+        display.say(f"  {feature}: samples {taps[0][0]} to {taps[-1][0]}")
+        return
+    for source, weight in taps:
+        display.say(f"  {feature}[{source}] x {weight} ({float(weight):.4f})")
+    if not taps:
+        display.say(f"  {feature} is one vector for the whole utterance")
 
 
 @cli.command()

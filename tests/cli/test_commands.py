@@ -298,3 +298,13 @@ def test_a_reader_that_has_seen_enough_is_no_error(store: Path) -> None:
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_why_says_what_an_aligned_frame_is_made_of(store: Path) -> None:
+    told = run("why", store, "spk0/u0", "mean", "--like", "energy", "--frame", 3)
+    assert told.exit_code == 0
+    assert told.output.splitlines() == ["spk0/u0: frame 3 of energy, centred at 0.0150 s, by edges",
+                                        "  mean[1] x 1 (1.0000)"]
+    found = json.loads(run("why", store, "spk0/u0", "energy", "--like", "mean", "--frame", 3, "--json").output)
+    assert found["taps"] == [[6, "1/2"], [7, "1/2"]]
+    assert run("why", store, "spk0/u0", "mean", "--like", "energy", "--frame", 9999).exit_code == 2
