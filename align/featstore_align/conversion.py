@@ -23,7 +23,7 @@ Timing = Literal["edges", "centres"]
 Kind = Literal["continuous", "f0", "discrete"]
 
 MOST_TAPS = 1 << 14      # taps laid out at once: a table of weights stays under half a megabyte, 64 tables under 32
-FINEST = 1 << 31         # steps per source frame: 2**31 source frames (a year at 50 Hz) still count in 64 bits
+FINEST = 1 << 31         # steps per frame up to which 2**31 frames (a year at 50 Hz) are counted in 64 bits
 _EXACT = re.compile(r"\s*[-+]?(\d+(/\d+)?|\d*\.\d+)\s*")
 
 
@@ -62,7 +62,7 @@ def conversion(source_rate: Exact, target_rate: Exact, timing: Timing = "edges",
             "centres": frame 0 is centred on `source_centre_s` and `target_centre_s`, in seconds, exact.
 
     Raises:
-        TypeError, ValueError: a rate that is no exact positive number, an unknown timing, grids too fine for 64 bits.
+        TypeError, ValueError: a rate that is no exact positive number, an unknown timing.
     """
     r1, r2 = exact(source_rate, "source_rate"), exact(target_rate, "target_rate")
     for name, rate in (("source_rate", r1), ("target_rate", r2)):
@@ -74,10 +74,6 @@ def conversion(source_rate: Exact, target_rate: Exact, timing: Timing = "edges",
     s, t = (r2 / r1).numerator, (r2 / r1).denominator
     lag = (centres[1] - centres[0]) * r1 if timing == "centres" else (Fraction(t, s) - 1) / 2
     m = math.lcm(lag.denominator, 2 * s)
-    if m >= FINEST:
-        raise ValueError(f"found source_rate {r1}, target_rate {r2} and centres {centres[0]} s and {centres[1]} s, "
-                         f"whose common grid has {m} steps per source frame; expected fewer than {FINEST}: write rates "
-                         "and centres with smaller denominators")
     width = t * m // s
     middle = int(lag * m)
     return Conversion(r1, r2, timing, s, t, m, width, middle, middle + (m - width) // 2)
@@ -172,12 +168,19 @@ class Conversion:
         return [(i, Fraction(min(right, (i + 1) * self.m) - max(left, i * self.m), right - left))
                 for i in range(left // self.m, -(-right // self.m))]
 
-    def places(self, start: int, stop: int, source_length: int) -> np.ndarray:
-        """Centres of target frames `[start, stop)` in steps after that of source frame 0, held at the source's ends."""
-        places = np.arange(start, stop, dtype=np.int64)
-        places *= self.width
-        places += self.middle
-        return np.minimum(np.maximum(places, 0), (source_length - 1) * self.m)
+    def nearest(self, start: int, stop: int, source_length: int) -> np.ndarray:
+        """Source frames whose centres are nearest to those of target frames `[start, stop)`, of two the later."""
+        return ((2 * self._places(start, stop, source_length) + self.m) // (2 * self.m)).astype(np.intp, copy=False)
+
+    def neighbours(self, start: int, stop: int, source_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For target frames `[start, stop)`: the source frame centred on or before theirs, the nearest one, and how far
+        towards the next one they are centred, in [0, 1)."""
+        places = self._places(start, stop, source_length)
+        left = places // self.m
+        step = places - left * self.m
+        nearest = left + (2 * step >= self.m)
+        return (left.astype(np.intp, copy=False), nearest.astype(np.intp, copy=False),
+                (step / self.m).astype(np.float64, copy=False))
 
     def rows(self, start: int, stop: int, source_length: int) -> Rows:
         """Taps of target frames `[start, stop)`, at most `stretch` of them, laid out for arrays."""
@@ -192,6 +195,16 @@ class Conversion:
         if end < stop:
             rows.append(self._work_out(np.arange(end, stop), source_length))
         return rows[0] if len(rows) == 1 else Rows.joined(rows)
+
+    def _places(self, start: int, stop: int, source_length: int) -> np.ndarray:
+        """Centres of target frames, in steps after that of source frame 0, held at the source's ends."""
+        places = self._counted(np.arange(start, stop)) * self.width
+        places += self.middle
+        return np.minimum(np.maximum(places, 0), (source_length - 1) * self.m)
+
+    def _counted(self, frames: np.ndarray) -> np.ndarray:
+        """Frame numbers that may be multiplied by steps: Python's integers where 64 bits might not do."""
+        return frames.astype(object) if max(self.m, self.width) >= FINEST else frames
 
     def _within(self, frame: int, far: int | None) -> int:
         place = max(0, self.middle + frame * self.width)
@@ -211,24 +224,25 @@ class Conversion:
         """Rows of any frames; `source_length` None: as if the source had neither beginning nor end."""
         if source_length is not None:
             frames = np.clip(frames, *self.reach(source_length))
-        left = frames * self.width + self.left
+        left = self._counted(frames) * self.width + self.left
         right = left + self.width
         if source_length is not None:
             left, right = np.maximum(left, 0), np.minimum(right, source_length * self.m)
         first = left // self.m
         taps = int(np.max((right - 1) // self.m - first, initial=0)) + 1
-        source = first[:, None] + np.arange(taps)                                               # (frames, taps)
+        source = first[:, None] + np.arange(taps)                                                   # (frames, taps)
         share = np.minimum(right[:, None], (source + 1) * self.m) - np.maximum(left[:, None], source * self.m)
         heaviest = share.argmax(1)
         base = first + heaviest
         mixed = np.flatnonzero(share[np.arange(len(frames)), heaviest] < right - left)
         order = np.arange(taps - 1)
-        order = order + (order >= heaviest[mixed, None])                                        # all but the heaviest
+        order = order + (order >= heaviest[mixed, None])                                            # but the heaviest
         share = np.take_along_axis(share[mixed], order, 1)
         other = np.where(share > 0, first[mixed, None] + order, base[mixed, None])
         # -0.0 where there is no tap: -0.0 (base - base) is -0.0, which added to anything leaves every bit of it.
         weight = np.where(share > 0, share / (right - left)[mixed, None], -0.0)
-        return Rows(base, mixed, np.ascontiguousarray(other.T), np.ascontiguousarray(weight.T)[:, :, None])
+        return Rows(base.astype(np.intp), mixed, np.ascontiguousarray(other.T, np.intp),
+                    np.ascontiguousarray(weight.T, np.float64)[:, :, None])
 
 
 class Rows:

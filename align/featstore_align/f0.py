@@ -51,20 +51,19 @@ def fill_f0(f0: np.ndarray, out: np.ndarray, grids: Conversion, start: int, stop
                              "np.nan_to_num(f0) turns NaN into 0")
     if start == stop or not out.size:
         return
-    places = grids.places(start, stop, source_length)
-    left = places // grids.m
-    step = places - left * grids.m
-    ahead = step > 0
-    held = f0[..., left + (2 * step >= grids.m) - source_start]
-    if not ahead.any():
+    left, nearest, w = grids.neighbours(start, stop, source_length)
+    left -= source_start
+    nearest -= source_start
+    held = f0[..., nearest]
+    if not w.any():
         out[...] = held
         return
-    a = f0[..., left - source_start].astype(np.float64)
-    b = f0[..., left + ahead - source_start].astype(np.float64)
+    a = f0[..., left].astype(np.float64)
+    b = f0[..., left + (w > 0)].astype(np.float64)
     low, high = np.minimum(a, b), np.maximum(a, b)
     log_a, log_b = np.log(np.maximum(a, _AUDIBLE)), np.log(np.maximum(b, _AUDIBLE))
     log_b -= log_a
-    log_b *= step / grids.m
+    log_b *= w
     log_b += log_a
     value = np.exp(log_b, out=log_b)
     # The bounds give back, bit for bit, a value that is the same on both sides, or that the frame's centre falls on.

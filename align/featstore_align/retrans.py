@@ -171,8 +171,8 @@ def _checked(kind: Kind, x: Array, axis: int, grids: Conversion, length: int | N
 
 
 def _unknown(kind: str) -> str:
-    return (f"kind: found {kind!r}; expected {', '.join(map(repr, _KINDS))}: samples are cut, never converted, and what "
-            "is global has no frames")
+    return (f"kind: found {kind!r}; expected {', '.join(map(repr, _KINDS))}: samples are cut, never converted, and "
+            "what is global has no frames")
 
 
 def _outside(start: int, stop: int, length: int | None) -> str:
@@ -216,8 +216,7 @@ def _fill(kind: Kind, x: np.ndarray, axis: int, out: np.ndarray, grids: Conversi
         return None
     x = np.ascontiguousarray(x)  # take would copy the whole of anything else, at every call
     if kind == "discrete":
-        places = grids.places(start, stop, source_length)
-        x.take((2 * places + grids.m) // (2 * grids.m) - source_start, 0, out, "clip")
+        x.take(grids.nearest(start, stop, source_length) - source_start, 0, out, "clip")
         return None
     for first in range(start, stop, grids.stretch):
         last = min(stop, first + grids.stretch)
@@ -309,8 +308,7 @@ def _gathered(torch: Any, kind: Kind, x: Any, grids: Conversion, start: int, sto
         return torch.from_numpy(np.ascontiguousarray(indices - source_start)).to(x.device)
 
     if kind == "discrete" or start == stop:
-        places = grids.places(start, stop, source_length)
-        return x.index_select(axis, frames((2 * places + grids.m) // (2 * grids.m)))
+        return x.index_select(axis, frames(grids.nearest(start, stop, source_length)))
     if axis == -1:
         return _gathered(torch, kind, x[:, None], grids, start, stop, source_start, source_length)[:, 0]
     double = x.dtype == torch.float64 or grids.taps_bound > FEW_TAPS
