@@ -114,6 +114,7 @@ def test_replaced_weights_make_exactly_that_feature_stale(models: dict[str, Path
     assert told.returncode == 1
     assert before is not None and before[:14] in told.stdout  # sha256: and the first digits of the old digest
     assert "model.safetensors" in told.stdout
+    assert f"weights: {before[:14]}" in done("why", store, key, "wavlm")  # without -f the stored ones
     assert run("why", store, key, "hubert", "-f", f"hubert,weights={mine['hubert']}").returncode == 0
     refused = run("extract", CORPUS / "ljspeech", store, *words, "--workers", 0)
     assert refused.returncode == 2 and "wavlm" in refused.stderr and "--replace" in refused.stderr
