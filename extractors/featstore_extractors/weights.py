@@ -36,7 +36,7 @@ CHECKPOINTS = {".pt", ".pth", ".bin", ".safetensors", ".ckpt"}
 MODEL = ("config.json", "train.yaml")  # what makes a folder more than the files in it
 
 _forbidden: ContextVar[bool] = ContextVar("_forbidden", default=False)  # see `without_downloads`
-_digests: dict[str, tuple[int, int, str]] = {}  # of this process: path -> size, mtime in ns, sha256
+_digests: dict[str, tuple[int, int, int, str]] = {}  # of this process: path -> size, mtime and ctime in ns, sha256
 _places: dict[str, tuple[Path, list[Path]]] = {}  # of this process: digest -> where it was found, its files
 _downloads: dict[str, dict[str, str]] = {}      # of this process: hub id -> revision -> sha256
 
@@ -202,14 +202,18 @@ def digest(files: Sequence[Path]) -> str:
     return _combined([file_digest(file) for file in files])
 
 
-def remembered(path: Path) -> str | None:
-    """The digest of a file if it has been hashed before and has not changed by its size and time."""
+def remembered(path: Path, surely: bool = True) -> str | None:
+    """The digest of a file if it has been hashed before and has not changed by its size and time.
+
+    surely: by the time of its inode too, which tells what was put in its place with the time of the old one (rsync -t,
+        archives whose files all have one time).
+    """
     name, state = os.path.realpath(path), path.stat()
     for known in (_digests, _read_memory()["digests"]) if name not in _digests else (_digests,):
-        size, mtime_ns, found = known.get(name, (-1, -1, ""))
-        if (size, mtime_ns) == (state.st_size, state.st_mtime_ns):
-            _digests[name] = (size, mtime_ns, found)
-            return found
+        *times, ctime_ns, found = known.get(name, (-1, -1, -1, ""))
+        if times == [state.st_size, state.st_mtime_ns] and (ctime_ns == state.st_ctime_ns or not surely):
+            _digests[name] = (state.st_size, state.st_mtime_ns, ctime_ns, found)
+            return str(found)
     return None
 
 
@@ -221,7 +225,7 @@ def rehash(path: Path, settled: bool = False) -> str:
     after = path.stat()
     quiet = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
     if quiet and (settled or now - before.st_mtime >= SETTLED_S):
-        entry = (after.st_size, after.st_mtime_ns, found)
+        entry = (after.st_size, after.st_mtime_ns, after.st_ctime_ns, found)
         _digests[os.path.realpath(path)] = entry
         _remember({"digests": {os.path.realpath(path): list(entry)}})
     return found
@@ -418,7 +422,7 @@ def _known(path: Path) -> str | None:
     real = Path(os.path.realpath(path))
     if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
         return f"sha256:{real.name}"
-    return remembered(path)
+    return remembered(path, surely=False)
 
 
 def _combined(digests: Sequence[str]) -> str:
@@ -442,7 +446,7 @@ def _read_memory() -> dict[str, dict[str, Any]]:
         found = {}
     parts = found if isinstance(found, dict) else {}
     digests = {name: tuple(entry) for name, entry in _dict(parts.get("digests")).items()
-               if isinstance(entry, list) and [type(value) for value in entry] == [int, int, str]}
+               if isinstance(entry, list) and [type(value) for value in entry] == [int, int, int, str]}
     downloads = {name: {key: value for key, value in entry.items() if isinstance(value, str)}
                  for name, entry in _dict(parts.get("downloads")).items() if isinstance(entry, dict)}
     return {"digests": digests, "downloads": downloads}

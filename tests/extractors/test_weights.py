@@ -252,6 +252,15 @@ def test_a_digest_is_that_of_sha256sum_and_remembered_by_the_next_process(tmp_pa
     assert weights.remembered(file) is None and weights.file_digest(file) != expected
 
 
+def test_weights_put_in_place_with_the_size_and_time_of_the_old_ones_are_hashed_again(tmp_path):
+    old = checkpoint(tmp_path / "old", b"old bytes") / "model.safetensors"
+    new = checkpoint(tmp_path / "new", b"new bytes") / "model.safetensors"
+    before, state = weights.file_digest(old), old.stat()
+    os.utime(new, ns=(state.st_atime_ns, state.st_mtime_ns))
+    new.replace(old)
+    assert weights.file_digest(old) == "sha256:" + hashlib.sha256(b"new bytes").hexdigest() != before
+
+
 def test_a_file_younger_than_two_seconds_is_not_remembered(tmp_path):
     file = checkpoint(tmp_path / "m", age_s=0.5) / "model.safetensors"
     weights.file_digest(file)
@@ -259,7 +268,7 @@ def test_a_file_younger_than_two_seconds_is_not_remembered(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"digests": 3, "downloads": {"a": 1}}',
-                                     '{"digests": {"FILE": [1, 2]}}', '{"digests": {"FILE": ["7", 0, "sha256:0"]}}'])
+                                     '{"digests": {"FILE": [1, 2]}}', '{"digests": {"FILE": ["7", 0, 0, "sha256:0"]}}'])
 def test_a_damaged_memory_is_as_good_as_none(tmp_path, content):
     file = checkpoint(tmp_path / "m") / "model.safetensors"
     memory = tmp_path / "xdg" / "featstore" / "weights.json"
@@ -333,7 +342,7 @@ def test_a_named_model_is_downloaded_once_and_only_what_is_needed_of_it(server, 
     memory = json.loads((tmp_path / "featstore" / "weights.json").read_text())
     digest = "sha256:" + hashlib.sha256(SAFE).hexdigest()
     assert memory["downloads"] == {"owner/model": {COMMIT: digest}}
-    assert [entry[2] for entry in memory["digests"].values()] == [digest]
+    assert [entry[-1] for entry in memory["digests"].values()] == [digest]
     server.log.clear()
     assert elsewhere(server.url, "owner/model", home=tmp_path) == f"{folder}\n"
     assert elsewhere("http://127.0.0.1:1", "owner/model", home=tmp_path, HF_HUB_OFFLINE="1") == f"{folder}\n"
