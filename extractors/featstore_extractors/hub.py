@@ -21,7 +21,7 @@ SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".json", ".yaml", ".
 SHARD = r"-\d{5}-of-\d{5}"
 ROOM = 100_000_000  # bytes that a download leaves free on the disk
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LOCKED = (errno.EACCES, errno.EPERM, errno.EROFS)
+LOCKED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)  # the last: a file where a folder should be
 
 
 class Published(NamedTuple):

@@ -407,6 +407,14 @@ def test_a_download_that_breaks_off_for_good_says_so_and_the_next_one_completes_
     assert server.files() == ["model.safetensors"]
 
 
+def test_a_cache_that_cannot_be_written_to_is_told_with_the_way_to_move_it(server, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "hub").touch()  # a file where the folder would be
+    told = elsewhere(server.url, "owner/model", home=home)
+    assert f"the hub's cache {home / 'hub'} cannot be written to: set HF_HOME to a folder that can" in told
+
+
 def test_a_disk_that_fills_up_is_told_with_the_cache_and_the_way_to_move_it(server, tmp_path):
     server.sizes = False  # so that nothing is known beforehand
     told = elsewhere(server.url, "owner/model", home=tmp_path, limit=100_000)
