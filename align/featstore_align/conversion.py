@@ -22,7 +22,7 @@ Exact = int | Fraction | str
 Timing = Literal["edges", "centres"]
 Kind = Literal["continuous", "f0", "discrete"]
 
-MOST_TAPS = 1 << 14      # taps laid out at once: a table of weights stays under half a megabyte, 64 tables under 32
+MOST_TAPS = 1 << 13      # laid out at once: a table of weights takes 0.3 MB at most, all 64 that are kept 20
 FINEST = 1 << 31         # steps per frame up to which 2**31 frames (a year at 50 Hz) are counted in 64 bits
 _EXACT = re.compile(r"\s*[-+]?(\d+(/\d+)?|\d*\.\d+)\s*")
 
@@ -101,7 +101,7 @@ class Conversion:
 
     @property
     def taps_bound(self) -> int:
-        """Source frames that a target frame may touch, or one fewer."""
+        """The most source frames that a window of this width may touch, wherever it begins."""
         return (self.width - 2) // self.m + 2
 
     @property

@@ -115,7 +115,7 @@ def align(kind: Kind, x: Array, grids: Conversion, *, length: int | None = None,
           out: Array | None = None) -> Array:
     """`retrans`, `nearest` or `align_f0`, by the feature's kind, between grids prepared once by `conversion`.
 
-    For callers that read many crops: preparing the grids is most of what a small crop costs.
+    For callers that know a feature's kind and read many crops of it: rates and centres are checked once.
     """
     torch = sys.modules.get("torch")
     tensor = torch is not None and isinstance(x, torch.Tensor)
@@ -235,10 +235,10 @@ def _mix(x: np.ndarray, out: np.ndarray, rows: Rows, source_start: int, double: 
     other = rows.other - source_start if source_start else rows.other
     weight = rows.weight64 if double else rows.weight32
     dim = x.shape[1]
-    size = max(1, BLOCK // dim)
+    size = min(max(1, BLOCK // dim), len(mixed))
     wide = np.dtype(np.float64 if double else np.float32)
     low = np.empty((size, dim), x.dtype) if x.dtype != wide else None
-    blocks = [np.empty((min(size, len(mixed)), dim), wide) for _ in range(2 if len(other) == 1 else 3)]
+    blocks = [np.empty((size, dim), wide) for _ in range(2 if len(other) == 1 else 3)]
     for k in range(0, len(mixed), size):
         which = mixed[k:k + size]
         b, total, *rest = [block[:len(which)] for block in blocks]
@@ -284,6 +284,8 @@ def _align_tensor(kind: Kind, x: Any, grids: Conversion, start: int, stop: int, 
     gradient = x.requires_grad and torch.is_grad_enabled()
     if kind == "f0" and gradient:
         raise ValueError("f0: found a tensor that asks for gradients; expected f0 as data: give f0.detach()")
+    if kind == "f0" and x.dtype == torch.bfloat16:
+        raise TypeError("f0: found bfloat16, with steps of up to 13 cents; expected float32: f0.float()")
     if kind == "continuous" and not x.is_floating_point():
         raise TypeError(f"x: found {x.dtype}; expected a floating point dtype: labels are aligned by nearest(), other "
                         "numbers need x.float()")

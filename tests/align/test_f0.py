@@ -134,6 +134,7 @@ def test_the_references_lag_of_two_frames_is_gone(parity):
     (np.array([100.0, np.inf]), ValueError, "to inf; expected finite"),
     (np.array([100, 200]), TypeError, "found int64; expected float16, float32 or float64, in Hz"),
     (np.array([], np.float32), ValueError, "no frames"),
+    (torch.ones(4, dtype=torch.bfloat16), TypeError, "found bfloat16.*expected float32"),
     (torch.ones(4, requires_grad=True), ValueError, r"asks for gradients.*detach\(\)"),
 ])
 def test_what_is_no_f0_is_refused(f0, error, words):

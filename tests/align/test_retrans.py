@@ -168,6 +168,15 @@ def test_no_frame_leaves_the_range_of_its_taps(pair, n, timing, dtype, seed):
         assert ((used.min(0) <= y[j]) & (y[j] <= used.max(0))).all()
 
 
+@pytest.mark.parametrize("pair", [(10**9 - 1, 10**9), (10**9, 10**9 - 1)])
+def test_no_frame_leaves_its_taps_where_a_weight_is_all_but_one(pair):
+    x = noise(50, 400) * 10.0 ** np.arange(-4, 4).repeat(50).astype(np.float32)
+    y = retrans(x, *pair)
+    for j in range(49):
+        used = x[[i for i, _ in taps(j, *pair, source_length=50)]]
+        assert ((used.min(0) <= y[j]) & (y[j] <= used.max(0))).all()
+
+
 @given(st.integers(1, 12), st.integers(1, 6), fractions)
 @settings(deadline=None)
 def test_rates_that_divide_give_means_of_blocks(k, blocks, rate):
@@ -513,6 +522,28 @@ def test_import_loads_numpy_and_nothing_else():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={"PYTHONPATH": str(ROOT / "align")})
     assert done.stdout == "['featstore_align']\n"
+
+
+def test_float16_is_aligned_in_a_fork_of_a_process_whose_torch_has_threads():
+    # Workers of a loader are such forks; a call of torch that wanted threads there would wait for ever.
+    code = """
+import multiprocessing, numpy, torch
+from featstore_align import retrans
+torch.set_num_threads(2)
+torch.ones(10_000_000).add_(1)
+tensor = torch.ones(20, 1024)
+def work(done):
+    for x in (numpy.ones((500, 1024), numpy.float16), numpy.ones((9, 40_000), numpy.float16), tensor):
+        done.put(len(retrans(x, 50, "24000/256")))
+context = multiprocessing.get_context("fork")
+done = context.Queue()
+process = context.Process(target=work, args=(done,), daemon=True)
+process.start()
+print([done.get(timeout=60) for _ in range(3)])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           env={"PYTHONPATH": str(ROOT / "align")})
+    assert found.stdout == "[937, 16, 37]\n", found.stderr
 
 
 def test_examples_of_the_readme_are_true():
