@@ -194,7 +194,7 @@ class _Run:
         self.tally = _Tally(todo, self.rounds)
         self.report = Report(utterances=todo.utterances, fresh=todo.utterances - self.total)
         self.began = time.monotonic()
-        self.stopping = self.aborted = False
+        self.stopping = self.aborted = self._replace = self._declared = False
         self._told = -TICK_S
 
     def go(self, replace: bool) -> Report:
@@ -204,10 +204,9 @@ class _Run:
             if self.devices is not None:
                 self.devices.load()  # before anything is written
             with self.store.writer(commit_every_s=self.commit_every_s, provenance=provenance()) as writer:
-                self.writer = writer
-                for item in self.plan.features.values():
-                    if item.todo or item.moves:
-                        writer.declare(item.name, item.spec, replace=replace)
+                self.writer, self._replace = writer, replace
+                if not self.total:
+                    self._declare(writer)
                 self._renew(writer)
                 with self._interruptible():
                     try:
@@ -236,8 +235,17 @@ class _Run:
             facts = {name: getattr(old, name) for name in ("sample_rate", "channels", "flags", "duration_s")}
             writer.utterance(record_of(corpus, utterance, facts), source=source, stamp=mark, seconds=old.duration_s)
 
+    def _declare(self, writer: Writer) -> None:
+        """Name what is made; when the first of it is there, so that encoders that cannot be loaded leave no trace."""
+        if not self._declared:
+            self._declared = True
+            for item in self.plan.features.values():
+                if item.todo or item.moves:
+                    writer.declare(item.name, item.spec, replace=self._replace)
+
     def _keep(self, writer: Writer, made: Made) -> None:
         """Write what a worker made; count it."""
+        self._declare(writer)
         key = made.task.key
         for name, reason in made.failures.items():
             self.report.failures.append(Failure(key, name, made.task.path, reason))

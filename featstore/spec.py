@@ -34,6 +34,7 @@ class Extractor(Protocol):
     Optional attributes, read with these defaults:
         pad (0.0): what stands beyond the end of a clip that is shorter than a training crop.
         recorded (the fields): what stands in the identity for the settings, where defaults depend on the weights.
+        stored_dtype (dtype): the type as stored, where `dtype` is a setting that may leave it to the weights.
         weights_digest (None): digest of pretrained weights; they enter the identity by it, never by their path.
         weights_bytes (0): about what a loaded copy of the weights takes: how many worker processes fit is told by it.
         window (None): `(core, context)` or `(core, context, longest)` in samples: audio of more than `longest` is run
@@ -152,7 +153,7 @@ class Spec:
         settings["audio"] = AUDIO_VERSION
         return cls(made_by=extractor.name, version=extractor.version, kind=extractor.kind,
                    frame_rate=extractor.frame_rate, sample_rate=extractor.sample_rate, centre_s=extractor.centre_s,
-                   dim=extractor.dim, dtype=extractor.dtype, settings=settings,
+                   dim=extractor.dim, dtype=getattr(extractor, "stored_dtype", extractor.dtype), settings=settings,
                    weights=getattr(extractor, "weights_digest", None), pad=getattr(extractor, "pad", 0.0))
 
     @cached_property

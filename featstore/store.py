@@ -170,7 +170,8 @@ class Row:
             self._segment.read(int(self._record["offset"]) + start, out)
 
     def _frames(self, start: int, stop: int) -> np.ndarray:
-        out = self._segment.layout.empty(stop - start)
+        dims = (self.feature.dim,) if self.feature.dim else ()
+        out = np.empty((stop - start, *dims), self.dtype)
         self.fill(start, out)
         return out
 
@@ -526,12 +527,17 @@ def mismatch(root: Path, old: Feature, spec: Spec) -> str:
     if old.imported:
         held, asked = f"an imported {old.name!r} ({old.label})", "an extracted one"
     else:
-        held = f"{old.name!r} with " + ", ".join(f"{field}={was}" for field, (was, _) in chosen.items())
-        asked = ", ".join(f"{field}={now}" for field, (_, now) in chosen.items())
+        held = f"{old.name!r} with " + ", ".join(f"{field}={brief(was)}" for field, (was, _) in chosen.items())
+        asked = ", ".join(f"{field}={brief(now)}" for field, (_, now) in chosen.items())
     return (f"{root} has {held}; you ask for {asked}. Nothing was changed.\n"
             f"  keep both:  give it another name, such as -f {old.name}-2={spec.made_by}...\n"
             f"  replace:    add --replace ({len(old):,} utterances; the old one is served until the new one is "
             "complete)")
+
+
+def brief(value: Any) -> Any:
+    """A field of a spec for a message: digests are cut to what tells them apart."""
+    return f"{value[:19]}..." if isinstance(value, str) and re.fullmatch("sha256:[0-9a-f]{64}", value) else value
 
 
 _FOLLOWS = ("centre_s", "frame_rate", "window", "dim")  # from what was chosen; said only where nothing else differs

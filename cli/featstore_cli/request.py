@@ -85,7 +85,8 @@ def ways_out(refused: Exception, store: Store, asked: Mapping[str, tuple[str, Ex
 def _other_name(store: Store, name: str, request: str) -> str:
     """A name that is free and says what is special: f0-dio for f0:dio, whisper-l20 for whisper,layer=20."""
     head, *pairs = _unnamed(request).split(",")
-    words = [head.partition(":")[2], *(key.strip()[:1] + value for key, _, value in (p.partition("=") for p in pairs))]
+    settings = [(key.strip(), value) for key, _, value in (pair.partition("=") for pair in pairs)]
+    words = [head.partition(":")[2], *(key[:1] + value for key, value in settings if key not in ("weights", "model"))]
     special = re.sub("[^a-z0-9]+", "-", "-".join(filter(None, words)).lower()).strip("-")[:40] or "2"
     other = f"{name[:20]}-{special}"
     while store.identities(other):

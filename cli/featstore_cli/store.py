@@ -472,7 +472,9 @@ def _say_report(report: Report, store: Path, as_json: bool) -> None:
 def _status_row(item: Any, utterances: int) -> tuple[Any, ...]:
     if item.imported:
         return item.name, 0, 0, item.missing, 0, utterances - item.missing, ""
-    reason = ", ".join(f"{field}={old!r} (now {new!r})" for field, (old, new) in item.differs.items())
+    from featstore.store import brief
+
+    reason = ", ".join(f"{field}={brief(old)!r} (now {brief(new)!r})" for field, (old, new) in item.differs.items())
     return item.name, item.fresh, item.stale, item.missing, item.failed, 0, reason
 
 

@@ -37,12 +37,14 @@ class Architecture:
     dim: channels of a layer.
     output: which layer stands for the encoder's output: `layers`, or OUTPUT where the two differ (a stream that is
         normalised only at the very end).
+    normed: whether every layer ends in a norm, so that half precision holds it; the output always does.
     facts: everything else that changes a number and is not in the weights: plain JSON values, part of the identity.
     """
 
     layers: int
     dim: int
     output: int
+    normed: bool = True
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -67,7 +69,7 @@ class Encoder:
     layer: a number, a range "9..12" or "" for the encoder's output.
     mix: what becomes of several layers: their mean, or all of them side by side ("concat").
     precision: fp32, or bf16 or fp16 for the matrix products (about three digits; faster where the device has them).
-    dtype: as stored; "" takes float16, float32 for the layers of a stream that is not normalised.
+    dtype: as stored; "" takes float16, and float32 for the inner layers of a stream that is normalised at its end only.
     compile: let torch.compile build the layers: minutes at the start, some percent faster after.
     """
 
@@ -85,7 +87,6 @@ class Encoder:
     accelerated: ClassVar[bool] = True
     DEFAULT: ClassVar[str] = ""          # the hub id that stands for no `weights`; looked up, never fetched
     EXPECTED: ClassVar[str] = "a folder with config.json and model.safetensors"  # for messages
-    NORMALISED: ClassVar[bool] = True    # whether every layer ends in a norm, so that half precision holds it
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __post_init__(self) -> None:
@@ -94,9 +95,6 @@ class Encoder:
             raise ValueError(f"mix={self.mix} needs several layers, as in layer=9..12,mix={self.mix}")
         if len(asked) > 1 and not self.mix:
             raise ValueError(f"layer={self.layer} are {len(asked)} layers: add mix=mean or mix=concat")
-        if not self.dtype:
-            half = self.NORMALISED or not asked
-            object.__setattr__(self, "dtype", "float16" if half else "float32")
 
     # What a subclass provides.
 
@@ -162,6 +160,13 @@ class Encoder:
         return self.architecture().dim * (len(self.layers) if self.mix == "concat" else 1)
 
     @property
+    def stored_dtype(self) -> str:
+        """As stored: what is asked for, or what the layers allow."""
+        found = self.architecture()
+        bounded = found.normed or all(layer in (OUTPUT, found.output) for layer in self.layers)
+        return self.dtype or ("float16" if bounded else "float32")
+
+    @property
     def recorded(self) -> dict[str, Any]:
         """What stands in the identity for the settings: layers by number, and what the weights' configuration says."""
         layers = ["output" if layer == OUTPUT else layer for layer in self.layers]
@@ -183,14 +188,17 @@ class Encoder:
         first = extractors[0]
         network = first.network(device)
         layers = [extractor.layers for extractor in extractors]  # once: this may look a hub id up
+        dtypes = [extractor.stored_dtype for extractor in extractors]
         wanted = frozenset(number for numbers in layers for number in numbers)
 
         def run(waves: list[Array]) -> list[list[Array]]:
             first._check(waves)
             with computing(device, first.precision):
                 hidden, lengths = network.hidden([to_device(device, wave) for wave in waves], wanted)
-                return [extractor._rows(extractor._mixed(network, [hidden[number] for number in numbers]), lengths)
-                        for extractor, numbers in zip(extractors, layers, strict=True)]
+                mixed = [extractor._mixed(network, [hidden[number] for number in numbers])
+                         for extractor, numbers in zip(extractors, layers, strict=True)]
+                return [extractor._rows(batch, lengths, dtype)
+                        for extractor, batch, dtype in zip(extractors, mixed, dtypes, strict=True)]
 
         return run
 
@@ -210,17 +218,18 @@ class Encoder:
             torch.stack(found).mean(dim=0) if self.mix == "mean" else torch.cat(found, dim=-1))
         return network.project(mixed).float() if self.projected else mixed
 
-    def _rows(self, batch: Any, lengths: Sequence[int]) -> list[Array]:
+    def _rows(self, batch: Any, lengths: Sequence[int], dtype: str) -> list[Array]:
         """(B, T, D) on the device -> a (T, D) array of the stored type per row."""
         torch = required("torch", "encoders")
         frames = torch.cat([row[:length] for row, length in zip(batch, lengths, strict=True)])
         peak = float(frames.abs().amax())
         if not np.isfinite(peak):
-            raise ValueError(f"{self.name} gives NaN or infinite values: the weights of {self.path} are damaged, or "
-                             f"precision={self.precision} is too little for them")
-        if self.dtype == "float16" and peak > LARGEST_HALF:
+            cure = (f"precision={self.precision} may be too little for them: try precision=fp32; or "
+                    if self.precision != "fp32" else "") + "the weights are damaged: featstore weights check"
+            raise ValueError(f"{self.name} gives NaN or infinite values from the weights of {self.path}; {cure}")
+        if dtype == "float16" and peak > LARGEST_HALF:
             raise ValueError(f"{self.name} reaches {peak:.3g}, more than float16 holds: ask for dtype=float32")
-        stored = frames.to(torch.float16 if self.dtype == "float16" else torch.float32).cpu().numpy()
+        stored = frames.to(torch.float16 if dtype == "float16" else torch.float32).cpu().numpy()
         return np.split(stored, np.cumsum(lengths)[:-1])
 
 

@@ -28,7 +28,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,16 +106,13 @@ class SelfSupervised(Encoder):
     window: ClassVar[tuple[int, int, int]] = (24 * SAMPLE_RATE, 3 * SAMPLE_RATE, 30 * SAMPLE_RATE)
     EXPECTED: ClassVar[str] = ("a folder with config.json, preprocessor_config.json and model.safetensors (or "
                                "pytorch_model.bin), or a fairseq checkpoint (.pt)")
-    NORMALISED: ClassVar[bool] = False   # not in large models, and the class alone cannot tell which is meant
     FAMILY: ClassVar[str]
     NORMALISES: ClassVar[bool] = True    # whether the checkpoint is asked
 
-    @cached_property
+    @property
     def source(self) -> Source:
         """The checkpoint that `weights` names; FileNotFoundError or ValueError where it is none of this kind."""
-        path = self.path
-        told = (_of_transformers if path.is_dir() or path.suffix in (".safetensors", ".bin") else _of_fairseq)(
-            path, self.FAMILY, self.name)
+        told = _source(self.path, self.FAMILY, self.name, _times(self.path))
         return told if self.NORMALISES else Source(told.path, told.layout, told.config, "none")
 
     def architecture(self) -> Architecture:
@@ -127,7 +124,8 @@ class SelfSupervised(Encoder):
         if self.FAMILY == "wavlm":
             facts["max_distance"] = config["max_bucket_distance"]
         layers = config["num_hidden_layers"]
-        return Architecture(layers, config["hidden_size"], OUTPUT if config["do_stable_layer_norm"] else layers, facts)
+        pre_norm = config["do_stable_layer_norm"]
+        return Architecture(layers, config["hidden_size"], OUTPUT if pre_norm else layers, not pre_norm, facts)
 
     def network(self, device: str) -> Network:
         return Network(self.source, self.FAMILY, device, self.precision, self.compile)
@@ -164,7 +162,6 @@ class ContentVec(SelfSupervised):
 
     name: ClassVar[str] = "contentvec"
     FAMILY: ClassVar[str] = "hubert"
-    NORMALISED: ClassVar[bool] = True    # it is a base model
     NORMALISES: ClassVar[bool] = False   # trained without, although preprocessor_config.json may claim it
     DEFAULT: ClassVar[str] = "lengyue233/content-vec-best"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -182,14 +179,14 @@ class ContentVec(SelfSupervised):
     def projected(self) -> int:
         return self._channels if self.projection else 0
 
-    @cached_property
+    @property
     def _channels(self) -> int:
         """Of the checkpoint's projection; ValueError where it has none. config.json names a size whether or not."""
-        weight = _tensors(self.source, self.FAMILY).get("final_proj.weight")
-        if weight is None:
-            raise ValueError(f"{self.source.path} has no projection (final_proj.weight): leave out projection=true, or "
+        channels = _projection(self.path, self.FAMILY, self.name, _times(self.path))
+        if not channels:
+            raise ValueError(f"{self.path} has no projection (final_proj.weight): leave out projection=true, or "
                              f"give weights that have it, such as {self.DEFAULT}")
-        return int(weight.shape[0])
+        return channels
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -423,6 +420,27 @@ def _renamed(tensors: Mapping[str, Any], *tables: Sequence[tuple[str, str]]) -> 
             name = re.sub(old, new, name, count=1)
         renamed[name] = tensor
     return renamed
+
+
+@lru_cache(maxsize=32)
+def _source(path: Path, family: str, extractor: str, times: tuple[int, ...]) -> Source:
+    """What a checkpoint is, remembered for as long as the files that say it stay as they are."""
+    of = _of_transformers if path.is_dir() or path.suffix in (".safetensors", ".bin") else _of_fairseq
+    return of(path, family, extractor)
+
+
+@lru_cache(maxsize=32)
+def _projection(path: Path, family: str, extractor: str, times: tuple[int, ...]) -> int:
+    """Channels of a checkpoint's `final_proj`, 0 where it has none."""
+    weight = _tensors(_source(path, family, extractor, times), family).get("final_proj.weight")
+    return 0 if weight is None else int(weight.shape[0])
+
+
+def _times(path: Path) -> tuple[int, ...]:
+    """When the files that say what a checkpoint is were last changed; 0 for one that is not there."""
+    folder = path if path.is_dir() else path.parent
+    files = [path, folder / "config.json", folder / "preprocessor_config.json"]
+    return tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
 
 
 def _of_transformers(path: Path, family: str, extractor: str) -> Source:

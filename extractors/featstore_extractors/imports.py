@@ -27,7 +27,7 @@ def required(module: str, extra: str) -> Any:
 
 
 def without_broken_torchaudio() -> None:
-    """Makes an installed torchaudio that cannot be imported look absent. Call before the first import of transformers.
+    """Makes an installed torchaudio that cannot be imported look absent. Call before a speech model is imported.
 
     transformers imports torchaudio whenever it is installed and lets its OSError through; with None in `sys.modules` it
     counts as not installed, and nothing of ours needs it. A torchaudio that works is left alone.
@@ -39,6 +39,9 @@ def without_broken_torchaudio() -> None:
     except (OSError, ImportError):
         _forget("torchaudio")
         sys.modules["torchaudio"] = None  # type: ignore[assignment]
+        known: Any = getattr(sys.modules.get("transformers.utils.import_utils"), "is_torchaudio_available", None)
+        if hasattr(known, "cache_clear"):  # transformers was imported before, and remembers that it is installed
+            known.cache_clear()
 
 
 @contextmanager

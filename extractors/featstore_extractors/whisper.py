@@ -58,7 +58,6 @@ class Whisper(Encoder):
     DEFAULT: ClassVar[str] = "openai/whisper-medium"
     EXPECTED: ClassVar[str] = ("a folder with config.json and model.safetensors (or pytorch_model.bin) as transformers "
                                "saves Whisper, or OpenAI's own .pt file")
-    NORMALISED: ClassVar[bool] = False
     name: ClassVar[str] = "whisper"
     version: ClassVar[int] = 1
     frame_rate: ClassVar[Fraction] = Fraction(SAMPLE_RATE, STRIDE)
@@ -76,9 +75,9 @@ class Whisper(Encoder):
     def architecture(self) -> Architecture:
         """From config.json, or the dims in a `.pt` file."""
         shape = _shape(self.path)
-        return Architecture(layers=shape.encoder_layers, dim=shape.d_model, output=shape.encoder_layers, facts={
-            "context": self.context, "mels": shape.num_mel_bins, "heads": shape.encoder_attention_heads,
-            "activation": shape.activation_function})
+        facts = {"context": self.context, "mels": shape.num_mel_bins, "heads": shape.encoder_attention_heads,
+                 "activation": shape.activation_function}
+        return Architecture(shape.encoder_layers, shape.d_model, shape.encoder_layers, normed=False, facts=facts)
 
     @property
     def weights_bytes(self) -> int:
@@ -233,10 +232,8 @@ class Shape:
 
 def _shape(path: Path) -> Shape:
     """Of the Whisper at `path`. ValueError or FileNotFoundError for anything else, which it names."""
-    if path.is_dir():
-        shape = _shape_of_config(path / "config.json")
-    elif path.suffix == ".safetensors":
-        raise ValueError(f"{path} does not say how its tensors are used: give the folder that has config.json too")
+    if _of_transformers(path):
+        shape = _shape_of_config((path if path.is_dir() else path.parent) / "config.json")
     else:
         state = path.stat()
         shape = _shape_of_pt(path, state.st_size, state.st_mtime_ns)
@@ -245,6 +242,11 @@ def _shape(path: Path) -> Shape:
                          f"heads, found {shape.max_source_positions} positions, {shape.d_model} channels and "
                          f"{shape.encoder_attention_heads} heads")
     return shape
+
+
+def _of_transformers(path: Path) -> bool:
+    """Whether `path` is a folder that transformers wrote, or a file of tensors in one."""
+    return path.is_dir() or path.suffix in (".safetensors", ".bin")
 
 
 def _shape_of_config(path: Path) -> Shape:
@@ -288,10 +290,10 @@ def _openai(path: Path) -> dict[str, Any]:
 
 def _tensors(path: Path) -> dict[str, Any]:
     """The encoder's tensors, named as transformers' WhisperEncoder names them; the decoder's are left out."""
-    found = read(path) if path.is_dir() else _openai(path)["model_state_dict"]
+    found = read(path) if _of_transformers(path) else _openai(path)["model_state_dict"]
     prefix = re.compile(r"(model\.)?encoder\.")
     encoder = {prefix.sub("", name, count=1): tensor for name, tensor in found.items() if prefix.match(name)}
-    if path.is_dir():
+    if _of_transformers(path):
         return encoder or found  # an encoder that was saved by itself has no prefix
     for pattern, name in OPENAI:
         encoder = {re.sub(f"^{pattern}", name, old): tensor for old, tensor in encoder.items()}

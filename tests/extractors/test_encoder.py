@@ -42,8 +42,10 @@ class Toy(Encoder):
     name: ClassVar[str] = "toy"
     centre_s: ClassVar[Fraction] = Fraction(0)
 
+    NORMED: ClassVar[bool] = True
+
     def architecture(self) -> Architecture:
-        return Architecture(layers=12, dim=2, output=OUTPUT, facts={"gain": self.gain})
+        return Architecture(layers=12, dim=2, output=OUTPUT, normed=self.NORMED, facts={"gain": self.gain})
 
     def network(self, device: str) -> Doubling:
         return Doubling()
@@ -65,7 +67,7 @@ class Toy(Encoder):
 
 @dataclass(frozen=True)
 class Unnormalised(Toy):
-    NORMALISED: ClassVar[bool] = False
+    NORMED: ClassVar[bool] = False
 
 
 @pytest.fixture
@@ -153,9 +155,12 @@ def test_two_ways_to_write_a_layer_are_one_identity(weights):
 
 @pytest.mark.parametrize(("kind", "layer", "dtype"), [(Toy, "", "float16"), (Toy, "9", "float16"),
                                                       (Unnormalised, "", "float16"), (Unnormalised, "9", "float32")])
-def test_half_precision_is_the_default_where_a_norm_bounds_the_numbers(kind, layer, dtype):
-    assert kind(layer=layer).dtype == dtype
-    assert dataclasses.replace(kind(layer=layer), precision="bf16").dtype == dtype
+def test_half_precision_is_the_default_where_a_norm_bounds_the_numbers(weights, kind, layer, dtype):
+    from featstore import Spec
+
+    toy = kind(weights=weights, layer=layer)
+    assert Spec.of(toy).dtype == dtype == toy.load("cpu")([wave(0.1)])[0].dtype
+    assert Spec.of(dataclasses.replace(toy, dtype="float32")).dtype == "float32"
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -195,5 +200,5 @@ def test_numbers_beyond_half_precision_ask_for_more(weights):
 
 
 def test_numbers_that_are_not_finite_name_the_weights(weights):
-    with pytest.raises(ValueError, match=r"toy gives NaN or infinite values: the weights of .*toy.safetensors are dam"):
+    with pytest.raises(ValueError, match=r"toy gives NaN or infinite values from .*toy.safetensors; the weights are"):
         Toy(weights=weights).load("cpu")([wave(0.1, 3e38)])

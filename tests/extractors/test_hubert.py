@@ -316,7 +316,7 @@ def test_layers_beyond_the_last_wanted_are_not_computed(tmp_path, speech, family
         "encoder.layers.2.feed_forward.output_dense.bias": torch.full((32,), 3e38)})
     kind = KINDS[family]
     assert np.isfinite(features(kind, folder, [speech], layer="2")[0]).all()
-    with pytest.raises(ValueError, match=f"{kind.name} gives NaN or infinite values: the weights of .* are damaged"):
+    with pytest.raises(ValueError, match=f"{kind.name} gives NaN or infinite values from .*; the weights are damaged"):
         features(kind, folder, [speech], layer="3")
 
 
@@ -427,6 +427,22 @@ def test_the_output_of_a_large_model_is_no_numbered_layer(tmp_path):
         Hubert(weights=folder, layer=layer)) for layer in ("", "3"))
     assert (output.settings["layer"], output.dtype) == ("output", "float16")
     assert (last.settings["layer"], last.dtype) == (3, "float32")  # a stream that nothing bounds
+
+
+@pytest.mark.parametrize("kind", [Hubert, Wav2Vec2, WavLM])
+def test_a_numbered_layer_of_a_base_model_is_normalised_and_the_last_is_the_output(kind, tmp_path):
+    folder = str(hubert_folder(tmp_path, family=kind.FAMILY))
+    output, last, inner = (Spec.of(kind(weights=folder, layer=layer)) for layer in ("", "3", "2"))
+    assert output == last
+    assert (output.dtype, inner.dtype) == ("float16", "float16")
+
+
+def test_a_checkpoint_that_is_replaced_is_looked_at_again(tmp_path):
+    hubert = Hubert(weights=str(hubert_folder(tmp_path)))
+    before = hubert.recorded
+    record = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(record | {"layer_norm_eps": 1e-3}))
+    assert (before["epsilon"], hubert.recorded["epsilon"]) == (1e-5, 1e-3)
 
 
 # Bad checkpoints

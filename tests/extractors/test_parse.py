@@ -233,9 +233,11 @@ def test_pkg_resources_is_stubbed_where_setuptools_lacks_it(monkeypatch: pytest.
     assert sys.modules["pkg_resources"].get_distribution("numpy").version == np.__version__
 
 
-def test_transformers_imports_beside_any_torchaudio() -> None:
+@pytest.mark.parametrize("before", ["", "from transformers.utils.import_utils import is_torchaudio_available as known;"
+                                        "known();"])
+def test_transformers_imports_beside_any_torchaudio(before: str) -> None:
     pytest.importorskip("torch")
-    code = ("from featstore_extractors.imports import without_broken_torchaudio as fix; fix();"
+    code = (f"{before}from featstore_extractors.imports import without_broken_torchaudio as fix; fix();"
             "from transformers import WavLMForXVector, WhisperModel, HubertModel")
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -159,7 +160,31 @@ def test_what_cannot_be_used_is_said_before_any_work(request_: str, message: str
     refused = run("extract", CORPUS, tmp_path / "s.zarr", "-f", request_.format(**models))
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert message in refused.stderr and "Traceback" not in refused.stderr
-    assert not (tmp_path / "s.zarr").exists() or not fs.open(tmp_path / "s.zarr").features
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_weights_that_do_not_fit_leave_no_trace_in_a_store(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = hubert_folder(tmp_path / "hubert", drop="encoder.layers.1.layer_norm")
+    done("extract", CORPUS / "ljspeech", tmp_path / "s.zarr", "-f", "energy", "--workers", 0)
+    words = ("-f", f"hubert,weights={folder}", "--workers", 0)
+    refused = CliRunner().invoke(cli, [str(w) for w in ("extract", CORPUS / "ljspeech", tmp_path / "s.zarr", *words)])
+    assert refused.exit_code == 2
+    assert "layers.1.layer_norm" in refused.output
+    assert fs.open(tmp_path / "s.zarr").identities("hubert") == []
+
+
+def test_digests_in_messages_are_cut_to_what_tells_them_apart(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(models["wavlm"], tmp_path / "wavlm")
+    words = ("-f", f"wavlm,weights={folder}", "--workers", 0)
+    done("extract", CORPUS / "ljspeech", tmp_path / "s.zarr", *words)
+    hubert_folder(folder, family="wavlm", seed=1)
+    for command in ("status", "extract"):
+        told = CliRunner().invoke(cli, [str(w) for w in (command, CORPUS / "ljspeech", tmp_path / "s.zarr",
+                                                         *(words if command == "extract" else words[:2]))])
+        assert told.exit_code in (1, 2)
+        assert re.search("sha256:[0-9a-f]{12}[.][.][.]", told.output)
+        assert not re.search("[0-9a-f]{20}", told.output)
+    assert "-f wavlm-2=wavlm,weights=" in told.output
 
 
 def test_short_silent_and_broken_recordings_cost_one_line_each(models: dict[str, Path], tmp_path: Path) -> None:
