@@ -204,6 +204,8 @@ class Encoder:
 
     def _check(self, waves: Sequence[Array]) -> None:
         for wave in waves:
+            if wave.dtype.kind != "f" or wave.ndim != 1:
+                raise ValueError(f"found a waveform of {wave.dtype} {wave.shape}; expected floats (N,) from -1 to 1")
             if self.frames(len(wave)) < 1:
                 least = next(n for n in range(len(wave), 1 << 20) if self.frames(n))
                 raise ValueError(f"too short: {len(wave)} samples at {SAMPLE_RATE} Hz make no frame of {self.name}, "

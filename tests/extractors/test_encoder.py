@@ -185,6 +185,12 @@ def test_too_short_says_how_much_is_enough(weights):
         Toy(weights=weights).load("cpu")([wave(1), np.zeros(319, np.float32)])
 
 
+@pytest.mark.parametrize("bad", [np.zeros(3200, np.int16), np.zeros((2, 3200), np.float32)])
+def test_waveforms_are_floats_of_one_channel(weights, bad):
+    with pytest.raises(ValueError, match=r"found a waveform of .* expected floats"):
+        Toy(weights=weights).load("cpu")([bad])
+
+
 def test_samples_that_are_not_finite_are_refused(weights):
     bad = wave(0.1)
     bad[7] = np.nan
