@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,32 @@ ROOT = Path(__file__).resolve().parents[1]
 def own_cache(pytestconfig: pytest.Config) -> None:
     """Digests of weights are remembered here, not in the cache of whoever runs the tests."""
     os.environ["XDG_CACHE_HOME"] = str(pytestconfig.rootpath / ".pytest_cache" / "xdg")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As in a worker process: threads that wait for each other at every step of an LSTM cost 20 times its work."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for $FEATSTORE_WEIGHTS, beside an empty hub cache and an empty memory of digests."""
+    from huggingface_hub import constants
+
+    from featstore_extractors import weights
+
+    (tmp_path / "weights").mkdir()
+    monkeypatch.setenv("FEATSTORE_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    for memory in ("_digests", "_downloads", "_places"):
+        monkeypatch.setattr(weights, memory, {})
+    return tmp_path / "weights"
 
 
 @pytest.fixture(scope="session")

@@ -241,9 +241,6 @@ class Conformer(nn.Module):
                 found[layer] = x if layer < last else self.after_norm(x)
         return found
 
-    def project(self, layer: Tensor) -> Tensor:
-        raise NotImplementedError("a WeNet encoder has no projection")
-
     def _placed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What enters the first block, and the vectors (T, D) of its positions."""
         if self.config.position == "no_pos":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -57,12 +58,9 @@ class Network(Protocol):
         No layer beyond the last wanted is computed. A row's frames do not depend on the other rows.
         """
 
-    def project(self, layer: Any) -> Any:
-        """(B, T, D) -> (B, T, P) by the checkpoint's own projection."""
-
 
 @dataclass(frozen=True)
-class Encoder:
+class Encoder(ABC):
     """Base of the content encoders: waveform (N,) at 16 kHz -> (T, D).
 
     weights: a file, a folder or a hub id; by default that of the preset.
@@ -98,26 +96,27 @@ class Encoder:
 
     # What a subclass provides.
 
+    @abstractmethod
     def architecture(self) -> Architecture:
         """From the configuration beside the weights; FileNotFoundError or ValueError where there is none to use."""
-        raise NotImplementedError
 
+    @abstractmethod
     def network(self, device: str) -> Network:
         """Loaded, in eval mode, on `device`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def frame_rate(self) -> Fraction:
-        raise NotImplementedError
+        """Frames per second, exact."""
 
     @property
     def projected(self) -> int:
         """Channels of the projection that is asked for; 0 for none."""
         return 0
 
+    @abstractmethod
     def frames(self, samples: int) -> int:
         """How many frames `samples` samples make; 0 where they are too few."""
-        raise NotImplementedError
 
     def sharing(self) -> tuple[Any, ...]:
         """Settings of the subclass that change the forward pass itself."""
@@ -195,7 +194,7 @@ class Encoder:
             first._check(waves)
             with computing(device, first.precision):
                 hidden, lengths = network.hidden([to_device(device, wave) for wave in waves], wanted)
-                mixed = [extractor._mixed(network, [hidden[number] for number in numbers])
+                mixed = [extractor.mixed(network, [hidden[number] for number in numbers])
                          for extractor, numbers in zip(extractors, layers, strict=True)]
                 return [extractor._rows(batch, lengths, dtype)
                         for extractor, batch, dtype in zip(extractors, mixed, dtypes, strict=True)]
@@ -213,12 +212,13 @@ class Encoder:
             if not np.isfinite(wave).all():
                 raise ValueError("has samples that are NaN or infinite")
 
-    def _mixed(self, network: Network, layers: Sequence[Any]) -> Any:
+    def mixed(self, network: Any, layers: Sequence[Any]) -> Any:
+        """(B, T, D) of the layers asked for, (B, T, D) each; a subclass whose `network` projects does so here."""
         torch = required("torch", "encoders")
         found = [layer.float() for layer in layers]
-        mixed = found[0] if len(found) == 1 else (
-            torch.stack(found).mean(dim=0) if self.mix == "mean" else torch.cat(found, dim=-1))
-        return network.project(mixed).float() if self.projected else mixed
+        if len(found) == 1:
+            return found[0]
+        return torch.stack(found).mean(dim=0) if self.mix == "mean" else torch.cat(found, dim=-1)
 
     def _rows(self, batch: Any, lengths: Sequence[int], dtype: str) -> list[Array]:
         """(B, T, D) on the device -> a (T, D) array of the stored type per row."""

@@ -179,6 +179,11 @@ class ContentVec(SelfSupervised):
     def projected(self) -> int:
         return self._channels if self.projection else 0
 
+    def mixed(self, network: Any, layers: Sequence[Any]) -> Any:
+        """(B, T, D), or (B, T, P) behind the projection."""
+        mixed = super().mixed(network, layers)
+        return network.project(mixed).float() if self.projection else mixed
+
     @property
     def _channels(self) -> int:
         """Of the checkpoint's projection; ValueError where it has none. config.json names a size whether or not."""

@@ -138,10 +138,6 @@ class Network:
             found[output] = self.encoder.layer_norm(found[output])
         return found, lengths
 
-    def project(self, layer: Any) -> Any:
-        """Whisper has no projection."""
-        return layer
-
     def _stream(self, waves: list[Any], longest: int) -> Any:
         """What enters the first layer: (B, T, D), T = `longest` or POSITIONS.
 

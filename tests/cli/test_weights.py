@@ -29,18 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOTS = os.pathsep.join(str(ROOT / name) for name in (".", "extractors", "align", "cli"))
 
 
-@pytest.fixture(autouse=True)
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for $FEATSTORE_WEIGHTS, beside an empty hub cache and an empty memory of digests."""
-    from huggingface_hub import constants
-
-    (tmp_path / "weights").mkdir()
-    monkeypatch.setenv("FEATSTORE_WEIGHTS", str(tmp_path / "weights"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    monkeypatch.setattr(weights, "_digests", {})
-    monkeypatch.setattr(weights, "_downloads", {})
-    return tmp_path / "weights"
+pytestmark = pytest.mark.usefixtures("places")
 
 
 def run(*words: object) -> Result:

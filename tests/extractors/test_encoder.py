@@ -58,6 +58,10 @@ class Toy(Encoder):
     def projected(self) -> int:
         return int(self.projection)
 
+    def mixed(self, network: Any, layers: Any) -> Any:
+        mixed = super().mixed(network, layers)
+        return network.project(mixed) if self.projection else mixed
+
     def frames(self, samples: int) -> int:
         return samples // 320
 

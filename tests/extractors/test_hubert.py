@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,7 @@ pytest.importorskip("transformers", reason="encoders need transformers: featstor
 KINDS: dict[str, type[SelfSupervised]] = {"hubert": Hubert, "wav2vec2": Wav2Vec2, "wavlm": WavLM}
 ONE_FRAME = 400
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,7 @@ def sound(seconds: float, hz: float = 180.0, level: float = 0.1) -> np.ndarray:
     buzz = np.sign(np.sin(2 * np.pi * hz * t)) + 0.3 * np.random.default_rng(0).standard_normal(len(t))
     return (level * buzz).astype(np.float32)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in a worker process: threads that wait for each other at every step of an LSTM cost 20 times its work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -35,19 +35,8 @@ for wanted in sys.argv[2:]:
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for $FEATSTORE_WEIGHTS, beside an empty hub cache and an empty memory of digests."""
-    from huggingface_hub import constants
-
-    (tmp_path / "weights").mkdir()
-    monkeypatch.setenv("FEATSTORE_WEIGHTS", str(tmp_path / "weights"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    monkeypatch.setattr(weights, "_digests", {})
-    monkeypatch.setattr(weights, "_downloads", {})
-    monkeypatch.setattr(weights, "_places", {})
+def here(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "weights"
 
 
 @pytest.fixture
