@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-EXTRAS := signal,speaker,encoders,evaluate,dev
+EXTRAS := signal,speaker,encoders,evaluate,s3,codecs,ray,dev
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q
 
