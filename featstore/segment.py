@@ -287,6 +287,13 @@ class Segment:
 
     def read(self, offset: int, out: np.ndarray) -> None:
         """Fill `out` `(n, D)` or `(n,)`, contiguous, with rows `[offset, offset + n)` of the frames array."""
+        read_rows([(self, offset, out)])
+
+    def ranges(self, offset: int, out: np.ndarray) -> list[storage.Range]:
+        """What `storage.read_many` has to read so that `out` holds rows `[offset, offset + len(out))`.
+
+        Nothing, once they are there: rows that need decoding are read here.
+        """
         layout, count = self.layout, len(out)
         if out.dtype != layout.dtype or out.shape[1:] != layout.shape[1:]:
             raise ValueError(f"rows of {self.folder} are {layout.dtype} {layout.shape[1:]}; "
@@ -296,18 +303,18 @@ class Segment:
                                  f"for. {_CURE}")
         if not layout.direct:
             out[...] = layout.through_zarr(offset, offset + count)
-            return
-        done, flat = 0, out.data.cast("B") if count else memoryview(b"")
-        row_bytes = layout.row_bytes
+            return []
+        if not out.size:
+            return []
+        row_bytes, flat = layout.row_bytes, out.data.cast("B")
+        found, done = [], 0
         while done < count:
             number, within = divmod(offset + done, layout.shard_rows)
             rows = min(count - done, layout.shard_rows - within)
             path = self._shards.get(number) or self._shard(number)
-            try:
-                storage.read_into(path, within * row_bytes, flat[done * row_bytes:(done + rows) * row_bytes])
-            except EOFError as error:
-                raise CorruptSegment(f"{error}. {_CURE}") from None
+            found.append((path, within * row_bytes, flat[done * row_bytes:(done + rows) * row_bytes]))
             done += rows
+        return found
 
     def blocks(self, record: np.void, rows: int | None = None) -> Iterator[np.ndarray]:
         """The frames of a record in pieces of at most `rows` (None: of about 8 MiB)."""
@@ -351,6 +358,20 @@ class Segment:
         return FileNotFoundError(f"{self.folder} was removed since the store was opened; open it again")
 
 
+def read_rows(wanted: Iterable[tuple[Segment, int, np.ndarray]]) -> None:
+    """Fill arrays with rows of any segments, all read by one call: (segment, first row, contiguous array) each.
+
+    Raises:
+        FileNotFoundError: a segment was removed since it was listed; some arrays may have been filled.
+        CorruptSegment: files are missing, or shorter than they were written.
+    """
+    ranges = [part for segment, offset, out in wanted for part in segment.ranges(offset, out)]
+    try:
+        storage.read_many(ranges)
+    except EOFError as error:
+        raise CorruptSegment(f"{error}. {_CURE}") from None
+
+
 class Layout:
     """How the `frames` array of a segment lies on disk; tells whether its bytes can be read without Zarr."""
 
@@ -392,7 +413,7 @@ class Layout:
         wanted = _shard_index(-(-rows // self.inner_rows), self.shard_rows // self.inner_rows,
                               self.inner_rows * self.row_bytes)
         tail = bytearray(len(wanted))
-        storage.read_into(path, found - len(wanted), memoryview(tail))
+        storage.read_many([(path, found - len(wanted), memoryview(tail))])
         if tail != wanted:
             raise CorruptSegment(f"{path}: its shard index does not match its rows. {_CURE}")
         return path

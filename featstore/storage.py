@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,15 +136,21 @@ def _staged(path: Path, record: dict[str, Any]) -> Iterator[Path]:
 class _Handle:
     """A file open for reading; closed when the last reader lets go of it."""
 
-    __slots__ = ("fd",)
-
     def __init__(self, path: str) -> None:
         self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.path, self.fd = path, os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
+
+    def read(self, offset: int, out: memoryview) -> None:
+        count = os.preadv(self.fd, [out], offset)
+        while count < len(out):  # a single call reads at most 2 GiB
+            more = os.preadv(self.fd, [out[count:]], offset + count)
+            if more == 0:
+                raise EOFError(f"{self.path} ends at byte {offset + count}; {len(out) - count} more were expected")
+            count += more
 
 
 class _Handles:
@@ -180,12 +186,24 @@ class _Handles:
 handles = _Handles()
 
 
-def read_into(path: str, offset: int, out: memoryview) -> None:
-    """Fill `out` from byte `offset` of a file. Raises EOFError where the file ends before."""
-    file = handles.get(path)
-    count = os.preadv(file.fd, [out], offset)
-    while count < len(out):  # a single call reads at most 2 GiB
-        more = os.preadv(file.fd, [out[count:]], offset + count)
-        if more == 0:
-            raise EOFError(f"{path} ends at byte {offset + count}; {len(out) - count} more were expected")
-        count += more
+Range = tuple[str, int, memoryview]  # a file, the byte at which to begin, and the memory to fill from there
+
+
+def read_many(ranges: Sequence[Range]) -> None:
+    """Fill the memory of every range. All frames are read here, those of a batch by one call.
+
+    The whole batch is announced to the system before the first byte is asked for, so that a disk fetches all of it at
+    once instead of piece by piece.
+
+    Raises:
+        FileNotFoundError: a file is gone.
+        EOFError: a file ends before a range does.
+    """
+    for first in range(0, len(ranges), OPEN_FILES):
+        some = ranges[first:first + OPEN_FILES]
+        files = [handles.get(path) for path, _, _ in some]
+        if len(some) > 1 and hasattr(os, "posix_fadvise"):
+            for file, (_, offset, out) in zip(files, some, strict=True):
+                os.posix_fadvise(file.fd, offset, len(out), os.POSIX_FADV_WILLNEED)
+        for file, (_, offset, out) in zip(files, some, strict=True):
+            file.read(offset, out)

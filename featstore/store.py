@@ -24,7 +24,7 @@ from .errors import (
     nearest,
 )
 from .index import Index, read_catalogue
-from .segment import Segment, group
+from .segment import Segment, group, read_rows
 from .spec import NAME, Spec
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 COMMIT_S = 60.0
-_SAME = ["generation", "length", "checksum"]  # of two records of one key: they hold the same array
+SAME = ["generation", "length", "checksum"]  # of two records of one key: they hold the same array
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,13 @@ class Row:
 
     Arrays come as stored: `(T, D)`, `(T,)` where the spec's dim is 0, `(D,)` for kind "global". `scale` is 1 but for
     waveforms that exceed full scale: stored x scale = value.
+
+    segments: those that the record counts, where they are not the ones of the feature's index.
     """
 
-    def __init__(self, feature: Feature, key: str, record: np.void) -> None:
+    def __init__(self, feature: Feature, key: str, record: np.void, segments: Sequence[Segment] | None = None) -> None:
         self.feature, self.utterance, self._record = feature, key, record
-        self._segment = feature.index.segments[int(record["segment"])]
+        self._segment = (feature.index.segments if segments is None else segments)[int(record["segment"])]
         self.dtype = feature.dtype
         self.scale = float(record["scale"])
         dims = (feature.dim,) if feature.dim else ()
@@ -159,21 +161,48 @@ class Row:
 
     def fill(self, start: int, out: np.ndarray) -> None:
         """Read frames `[start, start + len(out))` into a contiguous array of the stored type."""
-        try:
-            self._segment.read(int(self._record["offset"]) + start, out)
-        except FileNotFoundError:  # compacted away since the snapshot was taken: look once more
-            now = self.feature.look_again(self.utterance)
-            if (now._record[_SAME] != self._record[_SAME]) or now.source != self.source:
-                raise StaleFeature(f"{self.utterance}: {self.feature.name} was written anew since the store was "
-                                   "opened, and the old one removed; open the store again") from None
-            self._record, self._segment = now._record, now._segment
-            self._segment.read(int(self._record["offset"]) + start, out)
+        read([(self, start, out)])
+
+    def place(self, start: int) -> tuple[Segment, int]:
+        """The segment that has frame `start`, and where among its rows."""
+        return self._segment, int(self._record["offset"]) + start
+
+    def look_again(self) -> None:
+        """Find the row anew: its segment was compacted away since the snapshot was taken."""
+        now = self.feature.look_again(self.utterance, self._segment)
+        if now._record[SAME] != self._record[SAME] or now.source != self.source:
+            raise StaleFeature(f"{self.utterance}: {self.feature.name} was written anew since the store was "
+                               "opened, and the old one removed; open the store again")
+        self._record, self._segment = now._record, now._segment
 
     def _frames(self, start: int, stop: int) -> np.ndarray:
         dims = (self.feature.dim,) if self.feature.dim else ()
         out = np.empty((stop - start, *dims), self.dtype)
         self.fill(start, out)
         return out
+
+
+def read(wanted: Sequence[tuple[Row, int, np.ndarray]]) -> bool:
+    """Fill arrays with frames of rows, of any features, in one go: (row, first frame, contiguous array) each.
+
+    Rows whose segment was compacted away since the snapshot was taken are looked for once more; True if there were any.
+
+    Raises:
+        StaleFeature: a row was written anew, and the old one is gone.
+    """
+    try:
+        read_rows([(*row.place(start), out) for row, start, out in wanted])
+        return False
+    except FileNotFoundError:
+        for row, start, out in wanted:
+            segment, offset = row.place(start)
+            try:
+                segment.read(offset, out)
+            except FileNotFoundError:
+                row.look_again()
+                segment, offset = row.place(start)
+                segment.read(offset, out)
+        return True
 
 
 class Feature(Mapping[str, "Row"]):
@@ -251,19 +280,26 @@ class Feature(Mapping[str, "Row"]):
         return self.index.live_keys()
 
     def __getitem__(self, key: str) -> Row:
-        record = self.index.find(key)
+        index = self.index
+        record = index.find(key)
         if record is None:
             raise MissingFeature(self._missing(key))
-        return Row(self, key, record)
+        return Row(self, key, record, index.segments)
 
-    def look_again(self, key: str) -> Row:
-        """A key's row among the segments there are now, from which this feature's other rows come too from now on."""
-        self._collection = Collection(self._collection.folder)
-        self.__dict__.pop("index", None)
-        record = self.index.find(key)
+    def look_again(self, key: str, gone: Segment) -> Row:
+        """A key's row among the segments there are now, from which this feature's other rows come too from now on.
+
+        gone: the segment that was found removed. Where the rows come from others already, these are not listed anew:
+        of the rows of a batch only the first one that is missed costs an index.
+        """
+        if any(segment is gone for segment in self.index.segments):
+            self._collection = Collection(self._collection.folder)
+            self.__dict__.pop("index", None)
+        index = self.index
+        record = index.find(key)
         if record is None:
             raise MissingFeature(f"{key}: {self.name} was removed since the store was opened; open it again")
-        return Row(self, key, record)
+        return Row(self, key, record, index.segments)
 
     def _missing(self, key: str) -> str:
         utterances = self._store.utterances

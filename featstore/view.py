@@ -7,7 +7,7 @@ the whole utterance bit for bit. Lengths always agree; what cannot be aligned is
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -17,27 +17,54 @@ from featstore_align import Conversion, align, conversion, exact
 from featstore_align.conversion import Exact, Timing
 
 from .errors import BadRequest, MissingFeature, MissingUtterance, StaleFeature, nearest
-from .index import hash_keys
+from .index import Index, hash_keys
+from .store import SAME, Row, read
 
 if TYPE_CHECKING:
-    from .store import Feature, Row, Store
+    from .store import Feature, Store
 
 Batch = dict[str, np.ndarray]
 LENGTHS = "lengths"  # in a batch: how many frames of each row are of the utterance
+
+
+@dataclass(frozen=True, slots=True)
+class _Crop:
+    """Frames `[start, start + frames)` of the view's utterance `number`, which has `length`."""
+
+    number: int
+    start: int
+    frames: int
+    length: int
+
+
+@dataclass(slots=True)
+class _Piece:
+    """What one crop reads of one feature, and the part of the caller's array that it becomes."""
+
+    crop: _Crop
+    row: Row
+    first: int           # of the stored frames that are read
+    stored: np.ndarray   # they go here, which is `out` itself where nothing is left to do
+    out: np.ndarray
 
 
 @dataclass(frozen=True)
 class _Member:
     """One feature of a view, and how it comes to the view's grid.
 
+    index, at: its rows as of when the view was made, and which one is that of each of the view's utterances.
+    held: by number of the utterance, the rows that `index` has no longer: see `moved`.
     grids: from its own frames to the view's; None for kinds samples and global.
     hop: samples of one frame of the view, for kind samples.
     """
 
     name: str
     feature: Feature
+    index: Index
+    at: np.ndarray
     grids: Conversion | None = None
     hop: int = 0
+    held: dict[int, Row] = field(default_factory=dict)
 
     def empty(self, frames: int, rows: int | None = None) -> np.ndarray:
         """An array for `frames` frames, of as many utterances as there are `rows`."""
@@ -49,37 +76,62 @@ class _Member:
             return np.empty((*leading, frames * self.hop), np.float32)
         return np.empty((*leading, frames, *channels), feature.dtype)
 
-    def fill(self, key: str, out: np.ndarray, start: int, frames: int, length: int) -> None:
-        """Write frames `[start, start + frames)` of an utterance of `length` frames to the beginning of `out`."""
-        row = self.feature[key]
-        if self.feature.kind == "global":
-            out[...] = row.read()
-            return
-        filled = frames * (self.hop or 1)
-        if self.hop:
-            self._samples(row, out[:filled], start * self.hop)
-        else:
-            self._frames(row, out[:filled], start, length)
-        out[filled:] = self.feature.spec.pad
+    def row(self, number: int, key: str) -> Row:
+        held = self.held.get(number) if self.held else None
+        return held or Row(self.feature, key, self.index.records[self.at[number]], self.index.segments)
 
-    def _frames(self, row: Row, out: np.ndarray, start: int, length: int) -> None:
+    def moved(self, keys: Sequence[str]) -> _Member:
+        """The same rows where they are now, after some were found compacted away.
+
+        Those that the feature's new index has no longer, or in a newer version, are still read where they were.
+        """
+        index = self.feature.index
+        if index is self.index:
+            return self
+        old = self.index.records[self.at]
+        at = index.positions(np.stack([old["hash"], old["tag"]], axis=1))
+        new = index.records[at]
+        same = (at >= 0) & (new[SAME] == old[SAME]) & (new["source"] == old["source"]).all(axis=1)
+        held = {number: self.row(number, keys[number]) for number in np.flatnonzero(~same).tolist()}
+        return replace(self, index=index, at=np.where(same, at, 0), held=held)
+
+    def piece(self, crop: _Crop, row: Row, out: np.ndarray) -> _Piece:
+        """What is to be read for a crop; what lies beyond its end is padded."""
+        feature = self.feature
+        if feature.kind == "global":
+            return _Piece(crop, row, 0, out[None], out[None])
+        filled = crop.frames * (self.hop or 1)
+        out[filled:] = feature.spec.pad
+        out = out[:filled]
+        first, last = self._needs(crop, len(row))
+        if last - first == filled and row.scale == 1 and out.dtype == row.dtype and (
+                self.hop or (self.grids is not None and self.grids.is_copy)):
+            return _Piece(crop, row, first, out, out)
+        channels = (feature.dim,) if feature.dim else ()
+        return _Piece(crop, row, first, np.empty((last - first, *channels), row.dtype), out)
+
+    def convert(self, piece: _Piece) -> None:
+        """Make the crop of what was read."""
+        crop, out = piece.crop, piece.out
+        if piece.stored is out:
+            return
+        if self.hop:  # floats at full scale; zeros beyond the recording, whose last frame may reach over its end
+            there = len(piece.stored)
+            np.multiply(piece.stored, np.float32(piece.row.scale), out=out[:there])
+            out[there:] = 0
+        elif self.grids is not None:
+            align(self.feature.kind, piece.stored, self.grids, length=crop.length,  # type: ignore[arg-type]
+                  start=crop.start, stop=crop.start + crop.frames, source_start=piece.first,
+                  source_length=len(piece.row), out=out)
+
+    def _needs(self, crop: _Crop, there: int) -> tuple[int, int]:
+        """Of the stored frames, those that a crop is made of."""
+        start, stop = crop.start, crop.start + crop.frames
+        if self.hop:
+            return min(start * self.hop, there), min(stop * self.hop, there)
         if self.grids is None:
             raise TypeError(f"{self.name} has no frames to align")
-        stop, there = start + len(out), len(row)
-        if self.grids.is_copy and stop <= there:
-            row.fill(start, out)
-            return
-        kind = self.feature.kind
-        first, last = self.grids.source_range(start, stop, there, kind)  # type: ignore[arg-type]
-        align(kind, row[first:last], self.grids, length=length, start=start, stop=stop,  # type: ignore[arg-type]
-              source_start=first, source_length=there, out=out)
-
-    @staticmethod
-    def _samples(row: Row, out: np.ndarray, start: int) -> None:
-        """Samples as floats at full scale; zeros beyond the recording, whose last frame may reach over its end."""
-        stored = row[start:start + len(out)]
-        np.multiply(stored, np.float32(row.scale), out=out[:len(stored)])
-        out[len(stored):] = 0
+        return self.grids.source_range(start, stop, there, self.feature.kind)  # type: ignore[arg-type]
 
 
 class View(Mapping[str, Batch]):
@@ -104,12 +156,11 @@ class View(Mapping[str, Batch]):
         self.timing, self._store = timing, store
         grid = store.feature(like) if like is not None else None
         self.rate, self.centre_s = _grid(grid, like, rate)
-        self._members = [self._member(name) for name in dict.fromkeys(names)]
         self._keys = list(store.utterances) if utterances is None else list(utterances)
         hashes = hash_keys(self._keys)
-        at = [member.feature.index.positions(hashes) for member in self._members]
-        self._check_there(at)
-        self._check_sources(at)
+        self._members = [self._member(name, hashes) for name in dict.fromkeys(names)]
+        self._check_there()
+        self._check_sources()
         self.lengths = self._lengths(grid, like, hashes)
         self._place = {key: number for number, key in enumerate(self._keys)}
 
@@ -130,12 +181,9 @@ class View(Mapping[str, Batch]):
 
         What lies beyond the end is the feature's pad value (a log-mel's floor, 0 elsewhere).
         """
-        there = self._inside(utterance, start, frames)
-        found = {}
-        for member in self._members:
-            found[member.name] = member.empty(frames)
-            member.fill(utterance, found[member.name], start, there, self.length(utterance))
-        return found
+        found = {member.name: member.empty(frames, 1) for member in self._members}
+        self._fill([self._crop(utterance, start, frames)], found)
+        return {name: array[0] for name, array in found.items()}
 
     def read_batch(self, items: Sequence[tuple[str, int]], *, frames: int, out: Batch | None = None) -> Batch:
         """Crops of `frames` frames from (utterance, start), a row each: `{feature: (B, frames, D)}` and `lengths` (B,).
@@ -143,16 +191,14 @@ class View(Mapping[str, Batch]):
         out: arrays of an earlier batch of that size, to be written over.
         """
         found = self._room(len(items), frames) if out is None else self._checked(out, len(items), frames)
-        for number, (utterance, start) in enumerate(items):
-            there = self._inside(utterance, start, frames)
-            found[LENGTHS][number] = there
-            for member in self._members:
-                member.fill(utterance, found[member.name][number], start, there, self.length(utterance))
+        crops = [self._crop(utterance, start, frames) for utterance, start in items]
+        found[LENGTHS][:] = [crop.frames for crop in crops]
+        self._fill(crops, found)
         return found
 
     def taps(self, utterance: str, name: str, frame: int) -> list[tuple[int, Fraction]]:
         """The stored frames that a frame of the view is made of, and their exact weights; the samples that it spans."""
-        self._inside(utterance, frame, 1)
+        self._crop(utterance, frame, 1)
         member = next((member for member in self._members if member.name == name), None)
         if member is None:
             raise MissingFeature(f"the view has no feature {name!r} ({nearest(name, self.names)})")
@@ -179,10 +225,29 @@ class View(Mapping[str, Batch]):
         return (f"<View of {self._store.path.name}: {' '.join(self.names)} at {self.rate} Hz by {self.timing}; "
                 f"{len(self):,} utterances, {seconds / 3600:.1f} h>")
 
-    def _member(self, name: str) -> _Member:
+    def _fill(self, crops: Sequence[_Crop], out: Batch) -> None:
+        """Write the crops into the rows of arrays: first all that they need is read at once, then it is aligned."""
+        pieces = [[member.piece(crop, member.row(crop.number, self._keys[crop.number]), out[member.name][number])
+                   for number, crop in enumerate(crops)] for member in self._members]
+        if read([(piece.row, piece.first, piece.stored) for some in pieces for piece in some]):
+            self._members = [member.moved(self._keys) for member in self._members]
+        for member, some in zip(self._members, pieces, strict=True):
+            for piece in some:
+                member.convert(piece)
+
+    def _crop(self, utterance: str, start: int, frames: int) -> _Crop:
+        """The frames that are there of those asked for."""
+        length = self.length(utterance)
+        if frames < 1 or not 0 <= start < max(length, 1):
+            raise ValueError(f"{utterance}: {frames} frames from {start} of {length}: expected at least one frame, and "
+                             "a start inside the utterance")
+        return _Crop(self._place[utterance], start, min(frames, length - start), length)
+
+    def _member(self, name: str, hashes: np.ndarray) -> _Member:
         feature = self._store.feature(name)
+        rows = feature.index, feature.index.positions(hashes)
         if feature.kind == "global":
-            return _Member(name, feature)
+            return _Member(name, feature, *rows)
         if feature.frame_rate is None:
             raise BadRequest(f"{name} has no frame rate and cannot be in a view")
         if feature.kind == "samples":
@@ -191,28 +256,28 @@ class View(Mapping[str, Batch]):
                 raise BadRequest(f"{name} has {feature.frame_rate} samples per second and the view {self.rate} frames: "
                                  f"a frame would be {hop} samples. Samples are cut, never resampled: take a waveform "
                                  f"whose rate is a whole multiple, as in -f wave:24k, or another grid")
-            return _Member(name, feature, hop=int(hop))
+            return _Member(name, feature, *rows, hop=int(hop))
         timing: Timing = "centres" if feature.kind == "f0" else self.timing
-        return _Member(name, feature, conversion(feature.frame_rate, self.rate, timing, feature.spec.centre_s,
-                                                 self.centre_s))
+        grids = conversion(feature.frame_rate, self.rate, timing, feature.spec.centre_s, self.centre_s)
+        return _Member(name, feature, *rows, grids)
 
-    def _check_there(self, at: list[np.ndarray]) -> None:
+    def _check_there(self) -> None:
         """MissingFeature names what is missing, for how many, before anything is read."""
-        gaps = [f"{member.name} for {int((found < 0).sum()):,} of {len(found):,} utterances, such as "
-                f"{self._keys[int(np.argmax(found < 0))]}"
-                for member, found in zip(self._members, at, strict=True) if (found < 0).any()]
-        if gaps:
-            names = " ".join(f"-f {m.name}" for m, found in zip(self._members, at, strict=True) if (found < 0).any())
+        short = [member for member in self._members if (member.at < 0).any()]
+        if short:
+            gaps = [f"{member.name} for {int((member.at < 0).sum()):,} of {len(member.at):,} utterances, such as "
+                    f"{self._keys[int(np.argmax(member.at < 0))]}" for member in short]
+            names = " ".join(f"-f {member.name}" for member in short)
             raise MissingFeature(f"{self._store.path} lacks {'; '.join(gaps)}. Extract them: featstore extract CORPUS "
                                  f"{self._store.path} {names}; or give the utterances that have all (utterances=...)")
 
-    def _check_sources(self, at: list[np.ndarray]) -> None:
+    def _check_sources(self) -> None:
         """StaleFeature where features of one utterance stem from different audio."""
         first: np.ndarray | None = None
-        for member, found in zip(self._members, at, strict=True):
-            sources = member.feature.index.records["source"][found]
+        for member in self._members:
+            sources = member.index.records["source"][member.at]
             if first is None:
-                first, of = sources.copy(), np.full(len(found), member.name, object)
+                first, of = sources.copy(), np.full(len(sources), member.name, object)
                 continue
             known = first.any(axis=1)
             apart = known & sources.any(axis=1) & (sources != first).any(axis=1)
@@ -235,14 +300,6 @@ class View(Mapping[str, Batch]):
             raise MissingFeature(f"{self._keys[int(np.argmax(at < 0))]} has no {like}, whose frames the view takes")
         return grid.index.records["length"][at].astype(np.int64)
 
-    def _inside(self, utterance: str, start: int, frames: int) -> int:
-        """How many of the frames asked for are there."""
-        length = self.length(utterance)
-        if frames < 1 or not 0 <= start < max(length, 1):
-            raise ValueError(f"{utterance}: {frames} frames from {start} of {length}: expected at least one frame, and "
-                             "a start inside the utterance")
-        return min(frames, length - start)
-
     def _room(self, rows: int, frames: int) -> Batch:
         return {member.name: member.empty(frames, rows) for member in self._members} | {
             LENGTHS: np.empty(rows, np.int64)}
@@ -250,9 +307,11 @@ class View(Mapping[str, Batch]):
     def _checked(self, out: Batch, rows: int, frames: int) -> Batch:
         for name, array in self._room(rows, frames).items():
             given = out.get(name)
-            if given is None or given.shape != array.shape or given.dtype != array.dtype:
+            if (given is None or given.shape != array.shape or given.dtype != array.dtype
+                    or not given.flags.c_contiguous):
                 told = "nothing" if given is None else f"{given.dtype} {given.shape}"
-                raise ValueError(f"out[{name!r}] is {told}; expected {array.dtype} {array.shape}")
+                gaps = " with gaps" if given is not None and not given.flags.c_contiguous else ""
+                raise ValueError(f"out[{name!r}] is {told}{gaps}; expected {array.dtype} {array.shape}, contiguous")
         return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 import featstore as fs
+from featstore import storage
+from featstore.segment import SegmentWriter
 from featstore_align import align_f0, nearest, retrans
 from featstore_extractors import parse
 
@@ -111,6 +114,71 @@ def test_a_batch_is_written_over_an_earlier_one(view: fs.View) -> None:
     assert all(again[name].tobytes() == fresh[name].tobytes() for name in fresh)
     with pytest.raises(ValueError, match=r"out\['content'\] is float16 \(2, 32, 5\); expected float16 \(1, 32, 5\)"):
         view.read_batch([(keys[0], 0)], frames=32, out=room)
+    with pytest.raises(ValueError, match=r"out\['f0'\] is float32 \(2, 32\) with gaps; expected"):
+        view.read_batch([(keys[2], 7), (keys[3], 0)], frames=32,
+                        out=room | {"f0": np.zeros((2, 64), np.float32)[:, ::2]})
+
+
+def test_a_batch_is_read_by_one_call(view: fs.View, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [(key, 2) for key in view]
+    whole = view.read_batch(items, frames=40)
+    calls, read_many = [], storage.read_many
+    monkeypatch.setattr(storage, "read_many", lambda ranges: calls.append(len(ranges)) or read_many(ranges))
+    again = view.read_batch(items, frames=40)
+    assert calls == [len(items) * len(ALL)]
+    assert all(again[name].tobytes() == whole[name].tobytes() for name in whole)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A store of two features of three utterances."""
+    store = fs.create(tmp_path / "s.zarr")
+    with store.writer() as w:
+        w.declare("x", fs.Spec(made_by="noise", version=1, frame_rate=100, kind="continuous", dim=3))
+        w.declare("f0", fs.Spec(made_by="noise", version=1, frame_rate=200, kind="f0", dim=0))
+        for key in "abc":
+            w.utterance({"key": key}, source=bytes(32))
+            w.write(key, "x", np.random.default_rng(ord(key)).normal(size=(60, 3)).astype(np.float32))
+            w.write(key, "f0", np.random.default_rng(ord(key)).uniform(100, 200, 120).astype(np.float32))
+    return store.path
+
+
+def _compact(path: Path, name: str) -> None:
+    """Merge all segments of a feature into one, and remove them as a purge does."""
+    feature = fs.open(path).features[name]
+    merged = SegmentWriter(feature.folder / "segments" / storage.new_id(), feature.dtype.name, feature.dim)
+    for record in feature.index.records:
+        source = feature.index.segments[int(record["segment"])]
+        merged.copy(source.key(record), record, source.blocks(record))
+    merged.commit({"feature": name, "replaces": [segment.id for segment in feature.segments]})
+    for segment in feature.segments:
+        storage.handles.forget(str(segment.folder))
+        shutil.rmtree(segment.folder)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_view_goes_on_after_its_segments_were_compacted_away(two: Path, warm: bool) -> None:
+    items = [("a", 3), ("b", 0), ("c", 9)]
+    expected = fs.open(two).view(["x", "f0"], like="x").read_batch(items, frames=20)
+    view = fs.open(two).view(["x", "f0"], like="x")
+    if warm:
+        view.read_batch(items, frames=20)
+    for name in ("x", "f0", "x"):
+        _compact(two, name)
+        found = view.read_batch(items, frames=20)
+        assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def test_a_view_whose_rows_were_written_anew_and_purged_is_stale(two: Path) -> None:
+    view = fs.open(two).view(["x", "f0"], like="x")
+    whole = view["a"]
+    with fs.open(two).writer() as w:
+        w.write("b", "x", np.zeros((60, 3), np.float32))
+    assert view["b"]["x"].any()  # the view keeps to what it saw
+    _compact(two, "x")
+    with pytest.raises(fs.errors.StaleFeature, match="b: x was written anew since the store was opened"):
+        view.read_batch([("a", 0), ("b", 0)], frames=20)
+    assert all(view["a"][name].tobytes() == whole[name].tobytes() for name in whole)
 
 
 def test_a_rate_alone_makes_a_grid(store: fs.Store) -> None:
