@@ -30,6 +30,7 @@ from .spec import NAME, Spec
 if TYPE_CHECKING:
     from featstore_align.conversion import Exact, Timing
 
+    from .splits import Split
     from .view import View
     from .writer import Writer
 
@@ -363,17 +364,25 @@ class Utterances(Mapping[str, StoredUtterance]):
 
     def speakers(self) -> set[str]:
         """The names of all speakers. Reads the records in one go, so that a repr stays quick for many utterances."""
-        found: set[str | None] = set()
+        return {facts["speaker"] for facts, _ in self._facts() if facts.get("speaker") is not None}
+
+    def read_all(self) -> Iterator[StoredUtterance]:
+        """Every utterance, in the order in which they lie on disk: several times faster than one by one."""
+        for facts, source in self._facts():
+            yield StoredUtterance.from_json(facts, source.hex())
+
+    def _facts(self) -> Iterator[tuple[dict[str, Any], bytes]]:
         live = self.index.records[self.index.live]
         for number, segment in enumerate(self.index.segments):
             rows = live[live["segment"] == number]
-            if len(rows):
-                data = segment.layout.empty(segment.layout.shape[0])
-                segment.read(0, data)
-                text = data.tobytes()
-                found |= {json.loads(text[start:start + length]).get("speaker")
-                          for start, length in zip(rows["offset"].tolist(), rows["length"].tolist(), strict=True)}
-        return {speaker for speaker in found if speaker is not None}
+            if not len(rows):
+                continue
+            data = segment.layout.empty(segment.layout.shape[0])
+            segment.read(0, data)
+            text = data.tobytes()
+            for start, length, source in zip(rows["offset"].tolist(), rows["length"].tolist(), rows["source"],
+                                             strict=True):
+                yield json.loads(text[start:start + length]), source.tobytes()
 
     def _look_again(self) -> Index:
         self._collection = Collection(self._collection.folder)
@@ -408,6 +417,18 @@ class Store:
         served = {name: read_served(self.path, name) for name in names}
         self.features: dict[str, Feature] = {
             name: Feature(self, name, identity) for name, identity in served.items() if identity}
+        self.forget_splits()
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """The splits by name; `featstore.split` makes them."""
+        from .splits import read_splits  # for training alone
+
+        return read_splits(self.path)
+
+    def forget_splits(self) -> None:
+        """Look for splits again when they are asked for."""
+        self.__dict__.pop("splits", None)
 
     def feature(self, name: str) -> Feature:
         """The feature of a name, or of NAME@IDENTITY-PREFIX."""
@@ -440,19 +461,25 @@ class Store:
         return self.feature(item[1])[item[0]]
 
     def view(self, features: Sequence[str], *, like: str | None = None, rate: Exact | None = None,
-             timing: Timing = "edges", utterances: Sequence[str] | None = None) -> View:
+             timing: Timing = "edges", utterances: Sequence[str] | None = None, split: str | None = None) -> View:
         """Features on one frame grid: that of the feature `like`, or `rate` frames per second (an exact number).
 
         timing: "edges" (ReTrans as published) or "centres" (which also removes the lag between encoders).
         utterances: those of the view; None: all, which must have all features.
+        split: "main/train": of these only the ones in a part of a split.
 
         Raises:
             MissingFeature: names the features that are missing, and for how many utterances.
             StaleFeature: features of one utterance were made from different audio.
-            BadRequest: the grid makes no sense for a feature: a frame would be no whole number of samples.
+            BadRequest: the grid makes no sense for a feature: a frame would be no whole number of samples; or there is
+                no such split or part, or nothing in it.
         """
         from .view import View  # it needs numpy's align alone, which a store that is only written does not
 
+        if split is not None:
+            from .splits import members
+
+            utterances = members(self, split, self.utterances if utterances is None else utterances)
         return View(self, features, like=like, rate=rate, timing=timing, utterances=utterances)
 
     def writer(self, *, commit_every_s: float = COMMIT_S, provenance: Mapping[str, str] | None = None) -> Writer:

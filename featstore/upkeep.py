@@ -31,6 +31,7 @@ from .errors import (
 from .index import Index, drop_replaced, hash_keys, merge, write_catalogue
 from .segment import REMOVED, Segment, SegmentWriter, group
 from .spec import Spec
+from .splits import copy_splits
 from .store import Collection, Feature, Row, Store, create, make_group, read_served, serve
 from .verify import (
     UTTERANCES,
@@ -301,6 +302,7 @@ def copy(src: Store, dst: Path, names: Sequence[str] | None = None, *,
          progress: Callable[[int, int], None] | None = None) -> int:
     """Copy features (NAME or NAME@IDENTITY; None: all that are served) and all utterances into another store.
 
+    Splits go along, but for those whose name stands for another split in `dst`.
     `dst` is made if it does not exist. What it has from the same audio under the same identity is skipped: a copy that
     was interrupted goes on, and one that is done does nothing. Rows keep their scale, source, stamp and duration.
     progress: called with the bytes of frames done and in total. Returns the rows written, of features and utterances.
@@ -331,6 +333,7 @@ def copy(src: Store, dst: Path, names: Sequence[str] | None = None, *,
                 rows, done = rows + 1, done + int(record["length"]) * _row_bytes(feature)
                 if progress is not None:
                     progress(done, total)
+    copy_splits(src, target)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Commands about corpora and stores: scan extract status why use info ls plot verify rm copy export import."""
+"""Commands about corpora and stores: scan extract status why use info ls plot split verify rm copy export import."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .request import (
 )
 
 if TYPE_CHECKING:
-    from featstore import Extractor, Feature, Plan, Report, Store, StoredUtterance
+    from featstore import Extractor, Feature, Plan, Report, Split, Store, StoredUtterance
 
 STORE = click.argument("store", type=click.Path(path_type=Path))
 CORPUS = click.argument("corpus", type=click.Path(path_type=Path, exists=True))
@@ -245,7 +245,7 @@ def use(store: Path, feature: str) -> None:
 @STORE
 @json_option
 def info(store: Path, as_json: bool) -> None:
-    """What a store holds: features, identities, settings, sizes.
+    """What a store holds: features, identities, settings, sizes; splits.
 
     \b
     Example: featstore info songs.zarr
@@ -255,11 +255,15 @@ def info(store: Path, as_json: bool) -> None:
     if as_json:
         display.say_json({"path": str(store), "utterances": len(opened.utterances), "hours": opened.utterances.hours,
                           "speakers": sorted(opened.utterances.speakers()),
-                          "features": [_facts(opened, feature) for feature in kept]})
+                          "features": [_facts(opened, feature) for feature in kept],
+                          "splits": [_split_facts(found) for found in opened.splits.values()]})
         return
     display.say(repr(opened))
     display.table([_info_row(opened, feature) for feature in kept],
                   ["feature", "kind", "rate", "dim", "dtype", "utterances", "size", "made by"])
+    for found in opened.splits.values():
+        parts = ", ".join(f"{part} {it.utterances:,}" for part, it in found.parts.items())
+        display.say(f"split {found.name} by {found.by}: {parts}")
 
 
 @cli.command(name="ls")
@@ -303,6 +307,35 @@ def plot(store: Path, utterance: str, names: tuple[str, ...], out: Path) -> None
 
     draw(open_store(store), utterance, out, names)
     display.say(str(out))
+
+
+@cli.command()
+@STORE
+@click.argument("name")
+@click.option("--by", required=True, type=click.Choice(["song", "speaker", "utterance"]), help="What is never divided.")
+@click.option("--valid", default="0%", show_default=True, metavar="P%", help="Part of the duration to validate on.")
+@click.option("--test", default="0%", show_default=True, metavar="P%", help="Part of the duration to test on.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other parts.")
+@json_option
+def split(store: Path, name: str, by: str, valid: str, test: str, seed: int, as_json: bool) -> None:
+    """Divide the utterances of STORE into train, valid and test, and keep that under NAME; it never changes.
+
+    Songs, speakers and identical recordings stay whole. A song is the field `song` of the corpus; cuts of one recording
+    are of one song where they have no such field. What is added later is in no part.
+
+    \b
+    Example: featstore split songs.zarr main --by song --valid 5% --test 5%
+             store.view(["f0", "log-mel"], like="log-mel", split="main/train")
+    """
+    import featstore as fs
+
+    made = fs.split(open_store(store), name, by=by, valid=valid, test=test, seed=seed)  # type: ignore[arg-type]
+    if as_json:
+        display.say_json(_split_facts(made))
+        return
+    rows = [[part, f"{found.utterances:,}", display.length(found.hours * 3600), f"{made.shares[part]:.1%}",
+             f"{found.groups:,}"] for part, found in made.parts.items()]
+    display.table(rows, ["part", "utterances", "duration", "share", {"utterance": "groups"}.get(by, f"{by}s")])
 
 
 @cli.command()
@@ -525,6 +558,11 @@ def _info_row(store: Store, feature: Feature) -> list[str]:
     label = f"{feature.name}@{feature.label}" + ("" if _served(store, feature) else " (kept)")
     return [label, feature.kind, rate, str(feature.dim), str(feature.dtype), f"{len(feature):,}",
             display.size(feature.nbytes), _settings(feature)]
+
+
+def _split_facts(split: Split) -> dict[str, Any]:
+    return {"name": split.name, "by": split.by, "seed": split.seed, "percent": dict(split.percent),
+            "parts": {part: dataclasses.asdict(found) for part, found in split.parts.items()}}
 
 
 def _facts(store: Store, feature: Feature) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from featstore_cli import cli, display
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = os.pathsep.join(str(ROOT / name) for name in (".", "extractors", "align", "cli", "tests"))
-COMMANDS = ["scan", "extract", "status", "why", "use", "info", "ls", "plot", "verify", "rm", "copy", "export", "import",
-            "weights"]
+COMMANDS = ["scan", "extract", "status", "why", "use", "info", "ls", "plot", "split", "verify", "rm", "copy", "export",
+            "import", "weights"]
 
 
 def run(*words: object) -> Result:
@@ -308,3 +308,17 @@ def test_why_says_what_an_aligned_frame_is_made_of(store: Path) -> None:
     found = json.loads(run("why", store, "spk0/u0", "energy", "--like", "mean", "--frame", 3, "--json").output)
     assert found["taps"] == [[6, "1/2"], [7, "1/2"]]
     assert run("why", store, "spk0/u0", "mean", "--like", "energy", "--frame", 9999).exit_code == 2
+
+
+def test_split_divides_a_store_once_and_says_what_came_out(store: Path) -> None:
+    made = run("split", store, "main", "--by", "speaker", "--valid", "30%")
+    assert made.exit_code == 0, made.output
+    head, *rows = [line.split() for line in made.output.splitlines()]
+    assert head == ["part", "utterances", "duration", "share", "speakers"]
+    assert [row[0] for row in rows] == ["train", "valid", "test"] and sum(int(row[1]) for row in rows) == 4
+    again = run("split", store, "main", "--by", "utterance", "--valid", "30")
+    assert again.exit_code == 2 and "such as main-2" in again.output
+    as_json = json.loads(run("split", store, "other", "--by", "utterance", "--valid", "25", "--json").output)
+    assert as_json["parts"]["valid"] == {"utterances": 1, "hours": pytest.approx(0.5 / 3600), "groups": 1}
+    assert "split main by speaker: train " in run("info", store).output
+    assert [split["name"] for split in json.loads(run("info", store, "--json").output)["splits"]] == ["main", "other"]
