@@ -80,7 +80,7 @@ class Split:
         hashes, parts = np.empty(count, _PAIR), np.empty(count, np.uint8)
         for name, array in (("hashes/c/0/0", hashes), ("parts/c/0", parts)):
             try:
-                storage.read_into(str(self.folder / name), 0, array.view(np.uint8).data)
+                storage.read_many([(str(self.folder / name), 0, array.view(np.uint8).data)])
             except (EOFError, FileNotFoundError):
                 raise self._damaged(f"{name} is missing or cut off") from None
         if _checksum(hashes, parts) != self.checksum:
