@@ -9,6 +9,7 @@ from . import errors
 from .corpus import Corpus, Problem, Utterance, corpus
 from .extract import Progress, Report, extract, failures
 from .plan import Failure, FeaturePlan, Plan, plan, source_now
+from .shares import shard
 from .spec import Extractor, Spec
 from .splits import Split, split
 from .store import Feature, Row, Store, StoredUtterance, Why, create, open
@@ -18,4 +19,4 @@ from .writer import Writer
 __version__ = "0.1.0"
 __all__ = ["Corpus", "Extractor", "Failure", "Feature", "FeaturePlan", "Plan", "Problem", "Progress", "Report", "Row",
            "Spec", "Split", "Store", "StoredUtterance", "Utterance", "View", "Why", "Writer", "corpus", "create",
-           "errors", "extract", "failures", "open", "plan", "source_now", "split"]
+           "errors", "extract", "failures", "open", "plan", "shard", "source_now", "split"]

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from . import memory, storage
+from . import memory, shares, storage
 from .corpus import Corpus
 from .devices import Devices, names_of
 from .errors import BadRequest, DiskFull, FeatstoreError
@@ -62,7 +62,11 @@ class Progress:
 
 @dataclass
 class Report:
-    """What an extraction did. `flags`: what may be wrong with recordings that were stored (see `audio.Reader`)."""
+    """What an extraction did.
+
+    flags: what may be wrong with recordings that were stored (see `audio.Reader`).
+    to_use: NAME@IDENTITY of what `featstore use` is to move names to, once every shard is done.
+    """
 
     utterances: int = 0
     done: int = 0
@@ -73,12 +77,13 @@ class Report:
     elapsed_s: float = 0.0
     interrupted: bool = False
     ok: bool = True
+    to_use: list[str] = field(default_factory=list)
 
 
 def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *, replace: bool = False,
             device: str = "cpu", workers: int | None = None, commit_every_s: float = COMMIT_S,
             allow_failures: int | str = 0, strict: bool = False, rehash: bool = False,
-            progress: Callable[[Progress], None] | None = None) -> Report:
+            shard: tuple[int, int] | None = None, progress: Callable[[Progress], None] | None = None) -> Report:
     """Bring `extractors`' features of all utterances up to date; what is fresh is left alone.
 
     replace: give names that stand for other settings to these; the old ones are served until all is done.
@@ -88,6 +93,8 @@ def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *
     allow_failures: utterances (or a share such as "5%") that may fail with `Report.ok` still true.
     strict: stop at the first failure.
     rehash: do not trust files' sizes and times.
+    shard: (i, n) does the i-th of n parts of the corpus (`shares.shard`), i from 1. With `replace` the names then stay
+        where they are; `Report.to_use` says what they go to once all shards are done.
 
     A recording that cannot be used costs one entry in `Report.failures`, also kept in `<store>.failures.jsonl`. Ctrl-C
     commits what is done and returns with `Report.interrupted`; a killed run loses at most one commit interval, and the
@@ -99,6 +106,7 @@ def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *
         CannotLoad: an extractor's package or weights are missing, or the device is.
     """
     devices = names_of(device)
+    corpus = corpus if shard is None else shares.shard(corpus, *shard)
     allowed = allowance(allow_failures, len(corpus))
     store.refresh()
     known = failures(store)
@@ -108,8 +116,10 @@ def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *
                        f"{todo.bytes_free / 1e9:.2f} GB are free. Nothing was written; free some room or put the store "
                        "on another disk.")
     run = _Run(todo, store, extractors, devices, _workers(workers, extractors), commit_every_s, strict, progress)
-    report = run.go(replace)
-    remember(store, known, report.failures)
+    try:
+        report = run.go(replace, moved=shard is None)
+    finally:
+        remember(store, known, run.report.failures)
     report.ok = len({failure.utterance for failure in report.failures}) <= allowed
     return report
 
@@ -140,12 +150,11 @@ def failures(store: Store) -> list[Failure]:
 
 
 def remember(store: Store, before: list[Failure], now: list[Failure]) -> None:
-    """Append the failures that are not in `<store>.failures.jsonl` yet; several runs may."""
+    """Append the failures that are not in `<store>.failures.jsonl` yet; several runs may, at once."""
     known = set(before)
     lines = [json.dumps(asdict(failure), ensure_ascii=True) + "\n" for failure in now if failure not in known]
     if lines:
-        with _failures_path(store).open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        storage.append(_failures_path(store), "".join(lines).encode())
 
 
 class _Tally:
@@ -197,7 +206,7 @@ class _Run:
         self.stopping = self.aborted = self._replace = self._declared = False
         self._told = -TICK_S
 
-    def go(self, replace: bool) -> Report:
+    def go(self, replace: bool, moved: bool) -> Report:
         for problem in self.plan.corpus.problems:
             self.report.failures.append(Failure(problem.path, None, problem.path, problem.reason))
         with self.devices or contextlib.nullcontext():
@@ -214,7 +223,10 @@ class _Run:
                             self._go_round(writer, one)
                     finally:
                         self._clear_spool()
-                writer.close(moved=not self.stopping)
+                writer.close(moved=moved and not self.stopping)
+        if not moved:
+            self.report.to_use = [f"{item.name}@{item.spec.identity[:9]}" for item in self.plan.features.values()
+                                  if item.moves]
         self.report.elapsed_s = time.monotonic() - self.began
         self._tell(last=True)
         return self.report

@@ -44,6 +44,18 @@ def write_synced(path: Path, data: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
+def append(path: Path, lines: bytes) -> None:
+    """Add whole lines to a file that other processes add to: in one write, so that none falls into another's."""
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":  # a process was killed while it wrote the line before
+            lines = b"\n" + lines
+        os.write(fd, lines)
+    finally:
+        os.close(fd)
+
+
 def sync_tree(folder: Path) -> None:
     """Make everything below `folder` durable, its own entry in its parent excepted.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 COMMIT_S = 60.0
+MAKING_S = 2.0  # how long an empty folder may be a store that another process is making
 SAME = ["generation", "length", "checksum"]  # of two records of one key: they hold the same array
 
 
@@ -550,6 +553,25 @@ def create(path: str | Path) -> Store:
 def open(path: str | Path) -> Store:
     """A store as it is now. NotAStore says what is there instead, or that its format is newer."""
     return Store(path)
+
+
+def open_or_create(path: str | Path) -> Store:
+    """The store at `path`, made if there is none: of several processes that ask at once, one makes it."""
+    root = Path(path)
+    if not root.exists():
+        with contextlib.suppress(NotAStore, FileExistsError):
+            return create(root)
+        if not root.parent.is_dir():
+            return create(root)  # which says so
+    deadline = time.monotonic() + MAKING_S
+    while _being_made(root) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return Store(root)
+
+
+def _being_made(root: Path) -> bool:
+    """Whether another process may have made the folder just now, and is about to put the document into it."""
+    return root.is_dir() and all(path.name.startswith(".zarr.json.") for path in root.iterdir())
 
 
 def serve(root: Path, name: str, identity: str | None) -> None:

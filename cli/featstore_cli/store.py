@@ -67,6 +67,7 @@ def scan(corpus: Path, out: Path, pattern: str | None, speaker: str | None, key:
 @requests_option(required=True)
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--replace", is_flag=True, help="Let names that stand for other settings stand for these.")
+@click.option("--shard", metavar="I/N", help="Extract the I-th of N parts, I from 1: one per task of a job array.")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE",
               help="Where encoders run: cpu, cuda, cuda:0,1 (both share the work), mps.")
 @click.option("--workers", type=click.IntRange(0), help="Processes.  [default: one per core, or as memory allows]")
@@ -78,8 +79,8 @@ def scan(corpus: Path, out: Path, pattern: str | None, speaker: str | None, key:
 @click.option("--rehash", is_flag=True, help="Do not trust files' sizes and times.")
 @json_option
 def extract(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path | None, only_plan: bool, replace: bool,
-            device: str, workers: int | None, commit_every: float, allow_failures: str, strict: bool, rehash: bool,
-            as_json: bool) -> None:
+            shard: str | None, device: str, workers: int | None, commit_every: float, allow_failures: str,
+            strict: bool, rehash: bool, as_json: bool) -> None:
     """Extract features of CORPUS into STORE; what is fresh is skipped.
 
     \b
@@ -88,23 +89,28 @@ def extract(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path |
     import featstore as fs
     from featstore.devices import names_of
     from featstore.extract import allowance
+    from featstore.shares import shard as part
+    from featstore.shares import shard_named
+    from featstore.store import open_or_create
 
+    share = shard_named(shard) if shard is not None else None
     extractors = extractors_of(requests, recipe)
     if not extractors:
         raise click.UsageError("nothing to extract: give -f REQUEST, such as -f log-mel -f f0, or -r RECIPE")
     names_of(device)
     found = fs.corpus(corpus)
     allowance(allow_failures, len(found))
-    opened = fs.open(store) if store.exists() else None
+    opened = None if not store.exists() else fs.open(store) if only_plan else open_or_create(store)
     specs = specs_of(extractors, download=not only_plan)  # what is missing is said before a store is made
     try:
         if only_plan:
+            found = found if share is None else part(found, *share)
             _say_plan(fs.plan(found, opened, specs, replace=replace, rehash=rehash), as_json)
             return
         with display.ExtractProgress() as progress:
-            report = fs.extract(found, opened or fs.create(store), extractors, replace=replace, device=device,
+            report = fs.extract(found, opened or open_or_create(store), extractors, replace=replace, device=device,
                                 workers=workers, commit_every_s=commit_every, allow_failures=allow_failures,
-                                strict=strict, rehash=rehash, progress=progress)
+                                strict=strict, rehash=rehash, shard=share, progress=progress)
     except fs.errors.IdentityMismatch as refused:
         texts = zip(all_requests(requests, recipe), extractors.values(), strict=True)
         asked = dict(zip(extractors, texts, strict=True))
@@ -498,6 +504,8 @@ def _say_report(report: Report, store: Path, as_json: bool) -> None:
         display.say(f"Nothing to do: all {report.fresh:,} utterances are fresh.")
     display.flags(report.flags)
     display.failures(report.failures, f"{store}.failures.jsonl")
+    for name in report.to_use:
+        display.say(f"Once all shards are done: featstore use {store} {name}")
     if not report.interrupted:
         display.say(repr(open_store(store)))
 
