@@ -1,7 +1,7 @@
 """One segment on disk: rows of many utterances in one sharded Zarr array, written once, committed by its own document.
 
     <segment>/zarr.json    group document, written LAST: that is the commit; attributes repeat the spec
-    <segment>/frames       (sum of T, D) or (sum of T,), little-endian, uncompressed inner chunks of about 128 KiB
+    <segment>/frames       (sum of T, D) or (sum of T,), little-endian, inner chunks of about 128 KiB: raw or encoded
     <segment>/index        (rows, 136) uint8: one RECORD a row
     <segment>/keys         uint8: the utterances' keys, UTF-8, one after the other
 """
@@ -9,21 +9,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 import time
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, ClassVar
 
 import google_crc32c
 import numpy as np
 
 from . import storage
+from .codecs import RAW, Encoding, bytes_codec, named, recognised
 from .errors import CorruptSegment
+from .shards import Shards, chunk_table, shard_index
 
 RECORD = np.dtype([
     ("hash", "<u8"), ("tag", "<u8"),          # 128 bits of blake2b of the key: equal means the same key
@@ -46,7 +47,6 @@ SHARD_BYTES = 128 * 1024 * 1024
 NO_SOURCE = bytes(32)
 _BLOCK_BYTES = 8 << 20
 _RECORD = struct.Struct("<7Q2IQ2d32s2IQ")  # the same 136 bytes: packed 20 times faster than a numpy record is filled
-_ABSENT = (1 << 64) - 1  # a shard's mark for an inner chunk that was never written
 
 
 def key_hashes(key: str) -> tuple[int, int]:
@@ -58,24 +58,27 @@ def key_hashes(key: str) -> tuple[int, int]:
 class SegmentWriter:
     """Appends rows to a new segment; nothing of it is visible before `commit`."""
 
-    def __init__(self, folder: Path, dtype: str, dim: int) -> None:
+    def __init__(self, folder: Path, dtype: str, dim: int, encoding: Encoding = RAW) -> None:
         self.folder, self.dtype, self.dim = folder, np.dtype(dtype).newbyteorder("<"), dim
         self.row_bytes = self.dtype.itemsize * max(dim, 1)
-        self.inner_rows = max(1, INNER_BYTES // self.row_bytes)
-        self.shard_rows = self.inner_rows * max(1, SHARD_BYTES // (self.inner_rows * self.row_bytes))
-        self.rows = 0
+        inner_rows = max(1, INNER_BYTES // self.row_bytes)
+        shard_rows = inner_rows * max(1, SHARD_BYTES // (inner_rows * self.row_bytes))
+        self._shards = Shards.of(encoding, folder / "frames", self.dtype, dim, inner_rows, shard_rows)
         self._begun = time.time_ns()
         self._records = bytearray()
         self._keys = bytearray()
-        self._shards: list[tuple[Path, int]] = []
-        self._file: BinaryIO | None = None
         self._lost = False
         with storage.disk_room(folder):
             (folder / "frames").mkdir(parents=True)
 
     @property
+    def rows(self) -> int:
+        """Frames written so far."""
+        return self._shards.rows
+
+    @property
     def size(self) -> int:
-        """Bytes of frames written so far."""
+        """Bytes of frames written so far, before they are encoded."""
         return self.rows * self.row_bytes
 
     def append(self, key: str, blocks: Iterable[np.ndarray], *, generation: int, source: bytes = NO_SOURCE,
@@ -89,9 +92,9 @@ class SegmentWriter:
             for block in blocks:
                 view = _bytes_of(block, self.dtype)
                 checksum = google_crc32c.extend(checksum, view)
-                self._write(view)
+                self._shards.write(view)
         except BaseException:
-            self._cut(start)
+            self._shards.cut(start)
             raise
         self._note(key, generation=generation, offset=start, length=self.rows - start, source=source, stamp=stamp,
                    scale=scale, seconds=seconds, checksum=checksum)
@@ -108,9 +111,9 @@ class SegmentWriter:
         offset = self.rows
         try:
             for block in blocks:
-                self._write(_bytes_of(block, self.dtype))
+                self._shards.write(_bytes_of(block, self.dtype))
         except BaseException:
-            self._cut(offset)
+            self._shards.cut(offset)
             raise
         self._note(key, **kept, source=record["source"].tobytes(), offset=offset, length=self.rows - offset)
 
@@ -129,19 +132,11 @@ class SegmentWriter:
             raise CorruptSegment(f"{error.filename} is gone before the commit of its segment: something else removed "
                                  "it. Nothing of this segment was committed; run the same command again.") from error
         except OSError:
-            self._cut(self.rows)
+            self._shards.cut(self.rows)
             raise
 
     def _commit(self, attributes: dict[str, Any]) -> None:
-        self._close_shard()
-        shape = [self.rows, self.dim] if self.dim else [self.rows]
-        shard_rows = self.shard_rows
-        if len(self._shards) <= 1:  # a small shard needs a small index
-            shard_rows = self.inner_rows * max(1, -(-self.rows // self.inner_rows))
-        self._finish_shards(shard_rows)
-        names = ["frame", "channel"][:len(shape)]
-        inner = [self.inner_rows, *shape[1:]]
-        _put_array(self.folder / "frames", self.dtype, shape, [shard_rows, *shape[1:]], inner, names)
+        _put_frames(self.folder / "frames", self._shards, self._shards.finish())
         index = np.frombuffer(bytes(self._records), np.uint8).reshape(len(self), RECORD.itemsize)
         keys = np.frombuffer(bytes(self._keys), np.uint8)
         put_plain(self.folder / "index", index, ["row", "byte"])
@@ -149,17 +144,18 @@ class SegmentWriter:
         facts = {"rows": len(self), "frames": self.rows, "bytes": self.size,
                  "index_crc32c": google_crc32c.value(bytes(self._records)),
                  "keys_crc32c": google_crc32c.value(bytes(self._keys))}
+        if not self._shards.encoding.raw:
+            facts |= {"codec": self._shards.encoding.name, "stored": self._shards.stored}
         self._lost = True  # after a failed fsync nobody knows what is on the disk: a second one proves nothing
         storage.sync_tree(self.folder)
         storage.sync_folder(self.folder.parent)
         self._lost = False
-        self._check(shard_rows)
+        self._shards.check()
         storage.put_document(self.folder / "zarr.json", group(attributes | facts))
 
     def discard(self) -> None:
         """Remove what was written; for segments that have no row."""
-        if self._file is not None:
-            self._file.close()
+        self._shards.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __len__(self) -> int:
@@ -175,74 +171,11 @@ class SegmentWriter:
                                       checksum, 0, 0)
         self._keys += text
 
-    def _shard_path(self, number: int) -> Path:
-        return self.folder / "frames" / "c" / (f"{number}/0" if self.dim else f"{number}")
-
-    def _write(self, data: np.ndarray) -> None:
-        while len(data):
-            room = (self.shard_rows - self.rows % self.shard_rows) * self.row_bytes
-            part = data[:room]
-            with storage.disk_room(self.folder):
-                if self._file is None:
-                    self._file = self._open_shard()
-                _write_all(self._file, part.data)
-            self.rows += len(part) // self.row_bytes
-            data = data[room:]
-            if self.rows % self.shard_rows == 0:
-                self._close_shard()
-
-    def _open_shard(self) -> BinaryIO:
-        """The shard that the next row goes to: a new one, or the last one again after `_cut`."""
-        if self.rows % self.shard_rows:
-            file = cast(BinaryIO, self._shards[-1][0].open("r+b", buffering=0))
-            file.seek(0, os.SEEK_END)
-            return file
-        path = self._shard_path(self.rows // self.shard_rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = cast(BinaryIO, path.open("wb", buffering=0))
-        self._shards.append((path, self.rows))
-        return file
-
-    def _close_shard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _cut(self, rows: int) -> None:
-        """Go back to `rows` rows: what a failed append or commit left behind them is cut off."""
-        self._close_shard()
-        while self._shards and self._shards[-1][1] >= rows:
-            self._shards.pop()[0].unlink()
-        self.rows = rows
-        if self._shards and rows % self.shard_rows:
-            path, first = self._shards[-1]
-            os.truncate(path, (rows - first) * self.row_bytes)
-
-    def _finish_shards(self, shard_rows: int) -> None:
-        """Pad each shard's last inner chunk and write its index."""
-        inner_bytes = self.inner_rows * self.row_bytes
-        for path, first in self._shards:
-            rows = min(self.rows - first, shard_rows)
-            inner = -(-rows // self.inner_rows)
-            with path.open("r+b", buffering=0) as file:
-                file.seek(rows * self.row_bytes)
-                padding = bytes(inner * inner_bytes - rows * self.row_bytes)
-                index = _shard_index(inner, shard_rows // self.inner_rows, inner_bytes)
-                _write_all(cast(BinaryIO, file), memoryview(padding + index))
-
-    def _check(self, shard_rows: int) -> None:
-        """Nobody may have removed a file of this segment while it was being written."""
-        for path, first in self._shards:
-            rows = min(self.rows - first, shard_rows)
-            expected = _shard_size(rows, self.inner_rows, shard_rows, self.row_bytes)
-            found = path.stat().st_size if path.exists() else 0
-            if found != expected:
-                raise CorruptSegment(f"{path} has {found} bytes before its commit, expected {expected}: something else "
-                                     "changed it. Nothing of this segment was committed; run the same command again.")
-
 
 class Segment:
     """A committed segment: its records, keys and rows. Opens lazily; safe across forks, threads and pickling."""
+
+    _decoded: ClassVar[tuple[Segment, int, int, np.ndarray] | None] = None  # shard, inner chunk and its rows
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -262,6 +195,16 @@ class Segment:
             return storage.read_document(self.folder / "zarr.json")["attributes"]["featstore"]
         except KeyError:
             raise CorruptSegment(f"{self.folder}/zarr.json is not a featstore segment") from None
+
+    @property
+    def codec(self) -> str:
+        """How its frames are encoded: raw, zstd or pcodec."""
+        return str(self.facts.get("codec", RAW.name))
+
+    @property
+    def stored(self) -> int:
+        """Bytes of its frames on disk."""
+        return int(self.facts.get("stored", self.facts["bytes"]))
 
     @cached_property
     def records(self) -> np.ndarray:
@@ -289,10 +232,10 @@ class Segment:
         """Fill `out` `(n, D)` or `(n,)`, contiguous, with rows `[offset, offset + n)` of the frames array."""
         read_rows([(self, offset, out)])
 
-    def ranges(self, offset: int, out: np.ndarray) -> list[storage.Range]:
+    def ranges(self, offset: int, out: np.ndarray, later: list[Callable[[], None]]) -> list[storage.Range]:
         """What `storage.read_many` has to read so that `out` holds rows `[offset, offset + len(out))`.
 
-        Nothing, once they are there: rows that need decoding are read here.
+        later: gets what is to be called then, where rows are encoded.
         """
         layout, count = self.layout, len(out)
         if out.dtype != layout.dtype or out.shape[1:] != layout.shape[1:]:
@@ -302,8 +245,7 @@ class Segment:
             raise CorruptSegment(f"{self.folder} has {layout.shape[0]} rows; {offset} to {offset + count} were asked "
                                  f"for. {_CURE}")
         if not layout.direct:
-            out[...] = layout.through_zarr(offset, offset + count)
-            return []
+            return self._encoded_ranges(offset, out, later)
         if not out.size:
             return []
         row_bytes, flat = layout.row_bytes, out.data.cast("B")
@@ -315,6 +257,47 @@ class Segment:
             found.append((path, within * row_bytes, flat[done * row_bytes:(done + rows) * row_bytes]))
             done += rows
         return found
+
+    def _encoded_ranges(self, offset: int, out: np.ndarray, later: list[Callable[[], None]]) -> list[storage.Range]:
+        """Of rows that are encoded only the inner chunks that have some of them are read, and decoded when they are."""
+        layout, done = self.layout, 0
+        if layout.encoding is None:
+            out[...] = layout.through_zarr(offset, offset + len(out))
+            return []
+        found = []
+        while done < len(out):
+            number, within = divmod(offset + done, layout.shard_rows)
+            chunk, first = divmod(within, layout.inner_rows)
+            part = out[done:done + layout.inner_rows - first]
+            kept = self._kept(number, chunk)
+            if kept is not None:
+                part[...] = kept[first:first + len(part)]
+            else:
+                path = self._shards.get(number) or self._shard(number)
+                start, size = layout.tables[number][chunk].tolist()
+                data = bytearray(size)
+                found.append((path, start, memoryview(data)))
+                later.append(partial(self._decode, layout.encoding, number, chunk, data, first, part))
+            done += len(part)
+        return found
+
+    def _decode(self, encoding: Encoding, number: int, chunk: int, data: bytearray, first: int,
+                out: np.ndarray) -> None:
+        """Fill `out` with the rows of an inner chunk from `first`."""
+        layout, rows = self.layout, self._kept(number, chunk)
+        if rows is None:
+            try:
+                flat = encoding.decode(bytes(data), layout.dtype, layout.inner_rows * layout.row_size)
+            except ValueError as error:
+                raise CorruptSegment(f"{layout.shard_path(number)}, inner chunk {chunk}: {error}. {_CURE}") from None
+            rows = flat.reshape(-1, *layout.shape[1:])
+            Segment._decoded = self, number, chunk, rows
+        out[...] = rows[first:first + len(out)]
+
+    def _kept(self, number: int, chunk: int) -> np.ndarray | None:
+        """An inner chunk if it is the last that this process decoded: short rows, read one after another, share it."""
+        kept = Segment._decoded
+        return kept[3] if kept is not None and kept[0] is self and kept[1:3] == (number, chunk) else None
 
     def blocks(self, record: np.void, rows: int | None = None) -> Iterator[np.ndarray]:
         """The frames of a record in pieces of at most `rows` (None: of about 8 MiB)."""
@@ -365,11 +348,19 @@ def read_rows(wanted: Iterable[tuple[Segment, int, np.ndarray]]) -> None:
         FileNotFoundError: a segment was removed since it was listed; some arrays may have been filled.
         CorruptSegment: files are missing, or shorter than they were written.
     """
-    ranges = [part for segment, offset, out in wanted for part in segment.ranges(offset, out)]
+    later: list[Callable[[], None]] = []
+    ranges = [part for segment, offset, out in wanted for part in segment.ranges(offset, out, later)]
     try:
         storage.read_many(ranges)
     except EOFError as error:
         raise CorruptSegment(f"{error}. {_CURE}") from None
+    for decode in later:
+        decode()
+
+
+def encoding_of(segments: Sequence[Segment], dtype: np.dtype) -> Encoding:
+    """How rows that join these segments, or take their place, are to be encoded: as in the newest of them."""
+    return named(segments[-1].codec, dtype) if segments else RAW
 
 
 class Layout:
@@ -380,18 +371,19 @@ class Layout:
         document = storage.read_document(folder / "zarr.json")
         self.shape = tuple(document["shape"])
         self.dtype = np.dtype(document["data_type"]).newbyteorder("<")
-        self.row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
+        self.row_size = int(np.prod(self.shape[1:], dtype=np.int64))
+        self.row_bytes = self.dtype.itemsize * self.row_size
         self.shard_rows = document["chunk_grid"]["configuration"]["chunk_shape"][0]
-        self.direct = False
+        self.encoding: Encoding | None = None  # of inner chunks; None: zarr reads them
+        self.tables: dict[int, np.ndarray] = {}  # of encoded shards that were checked: offset and size of each chunk
         codec = document["codecs"][0]
         if len(document["codecs"]) == 1 and codec["name"] == "sharding_indexed":
             inner = codec["configuration"]
-            codecs = [c["name"] for c in inner["codecs"]], [c["name"] for c in inner["index_codecs"]]
-            endian = {c.get("configuration", {}).get("endian", "little")
-                      for c in inner["codecs"] + inner["index_codecs"]}
             self.inner_rows = inner["chunk_shape"][0]
-            self.direct = (codecs == (["bytes"], ["bytes", "crc32c"]) and endian == {"little"}
-                           and inner.get("index_location", "end") == "end")
+            index = [c["name"] for c in inner["index_codecs"]], inner.get("index_location", "end")
+            if index == (["bytes", "crc32c"], "end") and recognised(inner["index_codecs"][:1], np.dtype("<u8")):
+                self.encoding = recognised(inner["codecs"], self.dtype)
+        self.direct = self.encoding is not None and self.encoding.raw
 
     def empty(self, rows: int) -> np.ndarray:
         return np.empty((rows, *self.shape[1:]), self.dtype)
@@ -406,16 +398,19 @@ class Layout:
         """
         path = self.shard_path(number)
         rows = min(self.shape[0] - number * self.shard_rows, self.shard_rows)
-        expected = _shard_size(rows, self.inner_rows, self.shard_rows, self.row_bytes)
-        found = Path(path).stat().st_size
-        if found != expected:
-            raise CorruptSegment(f"{path} has {found} bytes, expected {expected}. {_CURE}")
-        wanted = _shard_index(-(-rows // self.inner_rows), self.shard_rows // self.inner_rows,
-                              self.inner_rows * self.row_bytes)
-        tail = bytearray(len(wanted))
-        storage.read_many([(path, found - len(wanted), memoryview(tail))])
-        if tail != wanted:
+        chunks, per_shard = -(-rows // self.inner_rows), self.shard_rows // self.inner_rows
+        raw = shard_index([self.inner_rows * self.row_bytes] * chunks, per_shard)
+        size = Path(path).stat().st_size
+        end, wanted = size - len(raw), chunks * self.inner_rows * self.row_bytes
+        if end != wanted if self.direct else end < 0:
+            raise CorruptSegment(f"{path} has {size} bytes, expected {wanted + len(raw)}. {_CURE}")
+        index = bytearray(len(raw))
+        storage.read_many([(path, end, memoryview(index))])
+        table = chunk_table(bytes(index), chunks, end)
+        if table is None or (self.direct and index != raw):
             raise CorruptSegment(f"{path}: its shard index does not match its rows. {_CURE}")
+        if not self.direct:
+            self.tables[number] = table
         return path
 
     def through_zarr(self, start: int, stop: int) -> np.ndarray:
@@ -440,28 +435,6 @@ def _bytes_of(block: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8)
 
 
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    while len(data):
-        data = data[file.write(data):]
-
-
-def _shard_size(rows: int, inner_rows: int, shard_rows: int, row_bytes: int) -> int:
-    return -(-rows // inner_rows) * inner_rows * row_bytes + shard_rows // inner_rows * 16 + 4
-
-
-def _shard_index(written: int, chunks: int, inner_bytes: int) -> bytes:
-    """(offset, size) of each inner chunk, all-ones where there is none, then CRC-32C (Zarr v3 sharding codec)."""
-    table = np.full((chunks, 2), _ABSENT, "<u8")
-    table[:written, 0] = np.arange(written, dtype="<u8") * inner_bytes
-    table[:written, 1] = inner_bytes
-    data = table.tobytes()
-    return data + google_crc32c.value(data).to_bytes(4, "little")
-
-
-def _bytes_codec(dtype: np.dtype) -> dict[str, Any]:
-    return {"name": "bytes"} if dtype.itemsize == 1 else {"name": "bytes", "configuration": {"endian": "little"}}
-
-
 def _array_document(dtype: np.dtype, shape: list[int], chunk: list[int], codecs: list[dict[str, Any]],
                     names: list[str]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "array", "shape": shape, "data_type": dtype.name,
@@ -470,12 +443,13 @@ def _array_document(dtype: np.dtype, shape: list[int], chunk: list[int], codecs:
             "fill_value": 0, "codecs": codecs, "attributes": {}, "dimension_names": names}
 
 
-def _put_array(folder: Path, dtype: np.dtype, shape: list[int], shard: list[int], inner: list[int],
-               names: list[str]) -> None:
+def _put_frames(folder: Path, shards: Shards, shard_rows: int) -> None:
+    channels = [shards.dim] if shards.dim else []
     sharding = {"name": "sharding_indexed", "configuration": {
-        "chunk_shape": inner, "codecs": [_bytes_codec(dtype)], "index_location": "end",
-        "index_codecs": [_bytes_codec(np.dtype("<u8")), {"name": "crc32c"}]}}
-    _put_json(folder, _array_document(dtype, shape, shard, [sharding], names))
+        "chunk_shape": [shards.inner_rows, *channels], "codecs": shards.encoding.metadata(shards.dtype),
+        "index_location": "end", "index_codecs": [bytes_codec(np.dtype("<u8")), {"name": "crc32c"}]}}
+    _put_json(folder, _array_document(shards.dtype, [shards.rows, *channels], [shard_rows, *channels], [sharding],
+                                      ["frame", "channel"][:1 + len(channels)]))
 
 
 def put_plain(folder: Path, data: np.ndarray, names: list[str]) -> None:
@@ -485,7 +459,7 @@ def put_plain(folder: Path, data: np.ndarray, names: list[str]) -> None:
     if data.size:
         storage.write(leaf, _bytes_of(data, data.dtype).data)
     chunk = [max(1, n) for n in data.shape]
-    _put_json(folder, _array_document(data.dtype, list(data.shape), chunk, [_bytes_codec(data.dtype)], names))
+    _put_json(folder, _array_document(data.dtype, list(data.shape), chunk, [bytes_codec(data.dtype)], names))
 
 
 def _put_json(folder: Path, document: dict[str, Any]) -> None:

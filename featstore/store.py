@@ -25,7 +25,7 @@ from .errors import (
     StaleFeature,
     nearest,
 )
-from .index import Index, read_catalogue
+from .index import Index, drop_replaced, read_catalogue
 from .segment import Segment, group, read_rows
 from .spec import NAME, Spec
 
@@ -267,7 +267,12 @@ class Feature(Mapping[str, "Row"]):
     @property
     def nbytes(self) -> int:
         """Bytes of frames on disk, superseded rows included."""
-        return sum(segment.facts["bytes"] for segment in self._collection.segments)
+        return sum(segment.stored for segment in self._collection.segments)
+
+    @property
+    def codec(self) -> str:
+        """How its rows are stored: raw, zstd or pcodec; several, where segments differ, with + between them."""
+        return "+".join(sorted({s.codec for s in drop_replaced(self.segments) if s.facts["frames"]})) or "raw"
 
     @property
     def segments(self) -> list[Segment]:

@@ -18,6 +18,7 @@ import google_crc32c
 import numpy as np
 
 from . import storage
+from .codecs import Encoding
 from .errors import (
     BadCorpus,
     BadRequest,
@@ -29,7 +30,7 @@ from .errors import (
     nearest,
 )
 from .index import Index, drop_replaced, hash_keys, merge, write_catalogue
-from .segment import REMOVED, Segment, SegmentWriter, group
+from .segment import REMOVED, Segment, SegmentWriter, encoding_of, group
 from .spec import Spec
 from .splits import copy_splits
 from .store import Collection, Feature, Row, Store, create, make_group, read_served, serve
@@ -504,15 +505,19 @@ def _features(store: Store) -> list[Feature]:
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path, segments: Sequence[Segment]) -> Iterator[SegmentWriter]:
-    """A new segment of a collection, committed at the end of the block, that stands for `segments` from then on."""
+def _replacing(folder: Path, segments: Sequence[Segment], encoding: Encoding | None = None) -> Iterator[SegmentWriter]:
+    """A new segment of a collection, committed at the end of the block, that stands for `segments` from then on.
+
+    encoding: of its frames; None: as in the newest of `segments`.
+    """
     facts, dtype, dim = {}, "uint8", 0
     if folder.name != UTTERANCES:
         spec = read_spec(folder / "zarr.json")
         if spec.dtype is None:
             raise NotAStore(f"{folder}/zarr.json has a spec without dtype: it is damaged")
         facts, dtype, dim = {"feature": folder.parent.name, "spec": spec.to_json()}, spec.dtype, spec.dim or 0
-    writer = SegmentWriter(folder / "segments" / storage.new_id(), dtype, dim)
+    encoding = encoding or encoding_of(segments, np.dtype(dtype))
+    writer = SegmentWriter(folder / "segments" / storage.new_id(), dtype, dim, encoding)
     names = [name for segment in segments for name in (segment.id, *segment.facts.get("replaces", ()))]
     try:
         yield writer

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from . import storage
+from .codecs import RAW, Encoding, named
 from .errors import BadRequest, DiskFull, IdentityMismatch, LengthMismatch, MissingUtterance, nearest
 from .index import Index, merge, read_catalogue, write_catalogue
-from .segment import NO_SOURCE, Segment, SegmentWriter, group
+from .segment import NO_SOURCE, Segment, SegmentWriter, encoding_of, group
 from .spec import NAME, Spec, canonical
 from .store import Collection, Feature, Store, claim, feature_names, make_group, mismatch, read_served, serve
 
@@ -29,8 +30,10 @@ KEY_BYTES = 500
 class _Target:
     """One collection a writer adds to: its open segment, its own committed ones, the generations it has given."""
 
-    def __init__(self, folder: Path, dtype: str, dim: int, index: Index, facts: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, dtype: str, dim: int, index: Index, facts: dict[str, Any],
+                 encoding: Encoding = RAW) -> None:
         self.folder, self.dtype, self.dim, self.index, self.facts = folder, dtype, dim, index, facts
+        self.encoding = encoding
         self.generations: dict[str, int] = {}
         self.removed: set[str] = set()
         self.segment: SegmentWriter | None = None
@@ -46,7 +49,8 @@ class _Target:
 
     def open(self) -> SegmentWriter:
         if self.segment is None:
-            self.segment = SegmentWriter(self.folder / "segments" / storage.new_id(), self.dtype, self.dim)
+            home = self.folder / "segments" / storage.new_id()
+            self.segment = SegmentWriter(home, self.dtype, self.dim, self.encoding)
         return self.segment
 
     def append(self, key: str, blocks: Iterable[np.ndarray], **facts: Any) -> int:
@@ -112,23 +116,25 @@ class Writer:
         self._utterances = _Target(store.path / "utterances", "uint8", 0, self.snapshot.utterances.index, {})
         self._features: dict[str, _Target] = {}            # what each declared name is bound to
         self._identities: dict[Path, _Target] = {}         # by folder: bound, or had before, or only deleted from
-        self._specs: dict[str, tuple[Spec, bool]] = {}
+        self._specs: dict[str, tuple[Spec, bool, str | None]] = {}
         self._known: dict[str, tuple[bytes, float]] = {}   # utterances of this writer: source digest, seconds
         self._moves: dict[str, str] = {}
         self._since = time.monotonic()
         self._closed = False
 
-    def declare(self, name: str, spec: Spec, *, replace: bool = False) -> None:
+    def declare(self, name: str, spec: Spec, *, replace: bool = False, codec: str | None = None) -> None:
         """Say what `name` is made of. IdentityMismatch if the store serves another identity under that name.
 
         With `replace`, rows go to the new identity beside the old one, and the name moves to it in `close`.
+        codec: how rows are stored from now on: "raw", "zstd" or "pcodec"; None: as the newest of the feature's are,
+            which is raw where there are none. What is read back is the same.
         """
         self._check_open()
         if not NAME.fullmatch(name):
             raise BadRequest(f"feature name {name!r}: expected a-z or 0-9, then up to 63 of a-z, 0-9 and -")
-        self._specs[name] = spec, replace
+        self._specs[name] = spec, replace, codec
         if spec.dim is not None and spec.dtype is not None:
-            self._open(name, spec, replace)
+            self._open(name, spec, replace, codec)
         else:
             self._features.pop(name, None)
 
@@ -237,19 +243,20 @@ class Writer:
         if name not in self._specs:
             self.declare(name, self.snapshot.feature(name).spec)
             return blocks
-        spec, replace = self._specs[name]
+        spec, replace, codec = self._specs[name]
         rest = iter(blocks)
         first = next(rest, None)
         if first is None:
             raise LengthMismatch(_NO_FRAMES.format(utterance=utterance, name=name))
         complete = spec.completed(first)
         _checked(first, complete, utterance, name)  # an array that is refused decides nothing
-        self._open(name, complete, replace)
-        self._specs[name] = complete, replace
+        self._open(name, complete, replace, codec)
+        self._specs[name] = complete, replace, codec
         return (block for part in ([first], rest) for block in part)
 
-    def _open(self, name: str, spec: Spec, replace: bool) -> None:
+    def _open(self, name: str, spec: Spec, replace: bool, codec: str | None) -> None:
         """Bind a name to its identity's folder; claim the name if nobody has it."""
+        encoding = named(codec, np.dtype(spec.dtype)) if codec is not None else None
         root, short = self.store.path, spec.identity[:16]
         served = read_served(root, name)
         old = Feature(self.snapshot, name, served) if served not in (None, short) else None
@@ -260,8 +267,9 @@ class Writer:
         if held:
             self._moves[name] = short
         elif not claim(root, name, short, instead_of=served):
-            return self._open(name, spec, replace)  # somebody else was first
-        self._features[name] = self._target_of(Feature(self.snapshot, name, short))
+            return self._open(name, spec, replace, codec)  # somebody else was first
+        target = self._features[name] = self._target_of(Feature(self.snapshot, name, short))
+        target.encoding = encoding or target.encoding
 
     def _holds(self, feature: Feature) -> bool:
         target = self._identities.get(feature.folder)
@@ -270,8 +278,9 @@ class Writer:
     def _target_of(self, feature: Feature) -> _Target:
         if feature.folder not in self._identities:
             facts = {"feature": feature.name, "spec": feature.spec.to_json()}
-            self._identities[feature.folder] = _Target(feature.folder, feature.dtype.name, feature.dim, feature.index,
-                                                       facts)
+            dtype, index = np.dtype(feature.spec.dtype), feature.index
+            self._identities[feature.folder] = _Target(feature.folder, dtype.name, feature.dim, index, facts,
+                                                       encoding_of(feature.segments, dtype))
         return self._identities[feature.folder]
 
     def _source(self, utterance: str) -> tuple[bytes, float]:

@@ -18,7 +18,7 @@ import pytest
 
 import featstore as fs
 from featstore import segment as segments
-from featstore import storage
+from featstore import shards, storage
 from featstore import writer as writers
 from featstore.errors import CorruptSegment, DiskFull
 
@@ -59,7 +59,7 @@ class _Disk:
             with storage.disk_room(path), path.open("wb", buffering=0) as file:
                 write_all(file, memoryview(data))
 
-        monkeypatch.setattr(segments, "_write_all", write_all)
+        monkeypatch.setattr(shards, "_write_all", write_all)
         monkeypatch.setattr(storage, "write", write_file)
 
     def fill(self, writes: int) -> None:
@@ -77,10 +77,11 @@ def disk(monkeypatch) -> _Disk:
     return _Disk(monkeypatch)
 
 
-def test_write_on_a_full_disk_is_refused_and_the_writer_goes_on(tmp_path, disk):
+@pytest.mark.parametrize("codec", ["raw", "zstd", "pcodec"])
+def test_write_on_a_full_disk_is_refused_and_the_writer_goes_on(tmp_path, disk, codec):
     store = fs.create(tmp_path / "a.zarr")
     with store.writer() as w:
-        w.declare("x", MEL)
+        w.declare("x", MEL, codec=codec)
         w.write("a", "x", _ones(50, 1))
         w.commit()
         w.write("b", "x", _ones(11, 2))
@@ -96,11 +97,12 @@ def test_write_on_a_full_disk_is_refused_and_the_writer_goes_on(tmp_path, disk):
     assert store["c", "x"].shape == (150, 3)
 
 
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
 @pytest.mark.parametrize("writes", range(9))
-def test_commit_on_a_full_disk_can_be_repeated_when_there_is_room(tmp_path, disk, writes):
+def test_commit_on_a_full_disk_can_be_repeated_when_there_is_room(tmp_path, disk, writes, codec):
     store = fs.create(tmp_path / "a.zarr")
     w = store.writer()
-    w.declare("x", MEL)
+    w.declare("x", MEL, codec=codec)
     w.write("a", "x", _ones(5, 1))
     w.commit()
     w.write("a", "x", _ones(90, 2))
