@@ -186,17 +186,16 @@ class Row:
         return out
 
 
-def read(wanted: Sequence[tuple[Row, int, np.ndarray]]) -> bool:
+def read(wanted: Sequence[tuple[Row, int, np.ndarray]]) -> None:
     """Fill arrays with frames of rows, of any features, in one go: (row, first frame, contiguous array) each.
 
-    Rows whose segment was compacted away since the snapshot was taken are looked for once more; True if there were any.
+    Rows whose segment was compacted away since the snapshot was taken are looked for once more.
 
     Raises:
         StaleFeature: a row was written anew, and the old one is gone.
     """
     try:
         read_rows([(*row.place(start), out) for row, start, out in wanted])
-        return False
     except FileNotFoundError:
         for row, start, out in wanted:
             segment, offset = row.place(start)
@@ -206,7 +205,6 @@ def read(wanted: Sequence[tuple[Row, int, np.ndarray]]) -> bool:
                 row.look_again()
                 segment, offset = row.place(start)
                 segment.read(offset, out)
-        return True
 
 
 class Feature(Mapping[str, "Row"]):

@@ -7,17 +7,18 @@ the whole utterance bit for bit. Lengths always agree; what cannot be aligned is
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from featstore_align import Conversion, align, conversion, exact
+from featstore_align import Conversion, align_batch, conversion, exact
 from featstore_align.conversion import Exact, Timing
 
 from .errors import BadRequest, MissingFeature, MissingUtterance, StaleFeature, nearest
-from .index import Index, hash_keys
+from .index import hash_keys
+from .segment import Segment, read_rows
 from .store import SAME, Row, read
 
 if TYPE_CHECKING:
@@ -27,111 +28,130 @@ Batch = dict[str, np.ndarray]
 LENGTHS = "lengths"  # in a batch: how many frames of each row are of the utterance
 
 
-@dataclass(frozen=True, slots=True)
-class _Crop:
-    """Frames `[start, start + frames)` of the view's utterance `number`, which has `length`."""
+@dataclass(frozen=True)
+class _Crops:
+    """Crops of several utterances (B,): each one's number in the view, its first frame, and the frames there are."""
 
-    number: int
-    start: int
-    frames: int
-    length: int
-
-
-@dataclass(slots=True)
-class _Piece:
-    """What one crop reads of one feature, and the part of the caller's array that it becomes."""
-
-    crop: _Crop
-    row: Row
-    first: int           # of the stored frames that are read
-    stored: np.ndarray   # they go here, which is `out` itself where nothing is left to do
-    out: np.ndarray
+    number: np.ndarray
+    start: np.ndarray
+    frames: np.ndarray
 
 
 @dataclass(frozen=True)
 class _Member:
     """One feature of a view, and how it comes to the view's grid.
 
-    index, at: its rows as of when the view was made, and which one is that of each of the view's utterances.
-    held: by number of the utterance, the rows that `index` has no longer: see `moved`.
+    segments, records, at: its rows as of when the view was made, and which is that of each of the view's utterances.
     grids: from its own frames to the view's; None for kinds samples and global.
     hop: samples of one frame of the view, for kind samples.
     """
 
     name: str
     feature: Feature
-    index: Index
+    segments: Sequence[Segment]
+    records: np.ndarray
     at: np.ndarray
     grids: Conversion | None = None
     hop: int = 0
-    held: dict[int, Row] = field(default_factory=dict)
 
-    def empty(self, frames: int, rows: int | None = None) -> np.ndarray:
-        """An array for `frames` frames, of as many utterances as there are `rows`."""
-        feature, leading = self.feature, () if rows is None else (rows,)
-        channels = (feature.dim,) if feature.dim else ()
-        if feature.kind == "global":
-            return np.empty((*leading, *channels), feature.dtype)
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return (self.feature.dim,) if self.feature.dim else ()
+
+    def empty(self, rows: int, frames: int) -> np.ndarray:
+        """An array for `frames` frames of as many utterances as there are `rows`."""
+        if self.feature.kind == "global":
+            return np.empty((rows, *self.channels), self.feature.dtype)
         if self.hop:
-            return np.empty((*leading, frames * self.hop), np.float32)
-        return np.empty((*leading, frames, *channels), feature.dtype)
+            return np.empty((rows, frames * self.hop), np.float32)
+        return np.empty((rows, frames, *self.channels), self.feature.dtype)
 
     def row(self, number: int, key: str) -> Row:
-        held = self.held.get(number) if self.held else None
-        return held or Row(self.feature, key, self.index.records[self.at[number]], self.index.segments)
+        return Row(self.feature, key, self.records[self.at[number]], self.segments)
 
-    def moved(self, keys: Sequence[str]) -> _Member:
+    def moved(self) -> _Member:
         """The same rows where they are now, after some were found compacted away.
 
         Those that the feature's new index has no longer, or in a newer version, are still read where they were.
         """
         index = self.feature.index
-        if index is self.index:
+        if index.records is self.records:
             return self
-        old = self.index.records[self.at]
+        old = self.records[self.at]
         at = index.positions(np.stack([old["hash"], old["tag"]], axis=1))
         new = index.records[at]
         same = (at >= 0) & (new[SAME] == old[SAME]) & (new["source"] == old["source"]).all(axis=1)
-        held = {number: self.row(number, keys[number]) for number in np.flatnonzero(~same).tolist()}
-        return replace(self, index=index, at=np.where(same, at, 0), held=held)
+        if same.all():
+            return replace(self, segments=index.segments, records=index.records, at=at)
+        old["segment"] += len(index.segments)
+        return replace(self, segments=[*index.segments, *self.segments], records=np.concatenate([index.records, old]),
+                       at=np.where(same, at, len(index.records) + np.arange(len(at))))
 
-    def piece(self, crop: _Crop, row: Row, out: np.ndarray) -> _Piece:
-        """What is to be read for a crop; what lies beyond its end is padded."""
-        feature = self.feature
-        if feature.kind == "global":
-            return _Piece(crop, row, 0, out[None], out[None])
-        filled = crop.frames * (self.hop or 1)
-        out[filled:] = feature.spec.pad
-        out = out[:filled]
-        first, last = self._needs(crop, len(row))
-        if last - first == filled and row.scale == 1 and out.dtype == row.dtype and (
-                self.hop or (self.grids is not None and self.grids.is_copy)):
-            return _Piece(crop, row, first, out, out)
-        channels = (feature.dim,) if feature.dim else ()
-        return _Piece(crop, row, first, np.empty((last - first, *channels), row.dtype), out)
+    def part(self, crops: _Crops, out: np.ndarray) -> _Part:
+        """What a batch reads of this feature."""
+        rows = self.records[self.at[crops.number]]
+        there, stop = rows["length"].astype(np.int64), crops.start + crops.frames
+        direct = True  # whether the frames as they are stored are the crop
+        if self.grids is not None:
+            first, last = self.grids.source_ranges(crops.start, stop, there, self.feature.kind)  # type: ignore[arg-type]
+            direct = self.grids.is_copy and bool((last - first == crops.frames).all())
+        elif self.hop:
+            first, last = np.minimum(crops.start * self.hop, there), np.minimum(stop * self.hop, there)
+            direct = self.feature.dtype == out.dtype and bool((rows["scale"] == 1).all())
+        else:
+            first, last = np.zeros_like(there), there
+        count = (last - first).tolist()
+        if not direct:
+            end = np.cumsum(last - first).tolist()
+            stored = np.empty((end[-1], *self.channels), self.feature.dtype)
+            places = [stored[e - n:e] for e, n in zip(end, count, strict=True)]
+        elif self.grids is None and not self.hop:
+            stored, places = out, [row[None] for row in out]
+        else:
+            stored, places = out, [row[:n] for row, n in zip(out, count, strict=True)]
+        return _Part(self, crops, rows, first, there, stored, places, out)
 
-    def convert(self, piece: _Piece) -> None:
-        """Make the crop of what was read."""
-        crop, out = piece.crop, piece.out
-        if piece.stored is out:
-            return
-        if self.hop:  # floats at full scale; zeros beyond the recording, whose last frame may reach over its end
-            there = len(piece.stored)
-            np.multiply(piece.stored, np.float32(piece.row.scale), out=out[:there])
-            out[there:] = 0
-        elif self.grids is not None:
-            align(self.feature.kind, piece.stored, self.grids, length=crop.length,  # type: ignore[arg-type]
-                  start=crop.start, stop=crop.start + crop.frames, source_start=piece.first,
-                  source_length=len(piece.row), out=out)
 
-    def _needs(self, crop: _Crop, there: int) -> tuple[int, int]:
-        """Of the stored frames, those that a crop is made of."""
-        start, stop = crop.start, crop.start + crop.frames
-        if self.hop:
-            return min(start * self.hop, there), min(stop * self.hop, there)
-        if self.grids is None:
-            raise TypeError(f"{self.name} has no frames to align")
-        return self.grids.source_range(start, stop, there, self.feature.kind)  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _Part:
+    """What a batch reads of one feature: of every crop the frames from `first` on, into its place in `stored`, which is
+    `out` itself where nothing is left to do but to pad. there: frames of the whole row."""
+
+    member: _Member
+    crops: _Crops
+    rows: np.ndarray
+    first: np.ndarray
+    there: np.ndarray
+    stored: np.ndarray
+    places: list[np.ndarray]
+    out: np.ndarray
+
+    def wanted(self) -> Iterator[tuple[Segment, int, np.ndarray]]:
+        """What is to be read, for `read_rows`."""
+        segments = self.member.segments
+        at = (self.rows["offset"].astype(np.int64) + self.first).tolist()
+        return ((segments[number], offset, place)
+                for number, offset, place in zip(self.rows["segment"].tolist(), at, self.places, strict=True))
+
+    def finish(self) -> None:
+        """Make the crops of what was read, and pad what lies beyond their ends."""
+        member, crops, out = self.member, self.crops, self.out
+        if member.hop:
+            self._samples()
+        elif self.stored is not out and member.grids is not None:
+            align_batch(member.feature.kind, self.stored, member.grids, start=crops.start,  # type: ignore[arg-type]
+                        stop=crops.start + crops.frames, source_length=self.there, out=out)
+        if member.grids is not None or member.hop:
+            filled = crops.frames * (member.hop or 1)
+            for number in np.flatnonzero(filled < out.shape[1]).tolist():
+                out[number, filled[number]:] = member.feature.spec.pad
+
+    def _samples(self) -> None:
+        """Samples as floats at full scale; zeros beyond the recording, whose last frame may reach over its end."""
+        for row, place, scale in zip(self.out, self.places, self.rows["scale"].tolist(), strict=True):
+            if self.stored is not self.out:
+                np.multiply(place, np.float32(scale), out=row[:len(place)])
+            row[len(place):] = 0
 
 
 class View(Mapping[str, Batch]):
@@ -171,18 +191,15 @@ class View(Mapping[str, Batch]):
 
     def length(self, utterance: str) -> int:
         """Frames of an utterance."""
-        place = self._place.get(utterance)
-        if place is None:
-            raise MissingUtterance(f"the view has no utterance {utterance!r} ({nearest(utterance, self._keys)})")
-        return int(self.lengths[place])
+        return int(self.lengths[self._number(utterance)])
 
     def crop(self, utterance: str, *, start: int, frames: int) -> Batch:
         """Frames `[start, start + frames)`: (frames, D) or (frames,), of samples (frames * hop,), of global kind (D,).
 
         What lies beyond the end is the feature's pad value (a log-mel's floor, 0 elsewhere).
         """
-        found = {member.name: member.empty(frames, 1) for member in self._members}
-        self._fill([self._crop(utterance, start, frames)], found)
+        found = {member.name: member.empty(1, frames) for member in self._members}
+        self._fill(self._crops([(utterance, start)], frames), found)
         return {name: array[0] for name, array in found.items()}
 
     def read_batch(self, items: Sequence[tuple[str, int]], *, frames: int, out: Batch | None = None) -> Batch:
@@ -191,14 +208,15 @@ class View(Mapping[str, Batch]):
         out: arrays of an earlier batch of that size, to be written over.
         """
         found = self._room(len(items), frames) if out is None else self._checked(out, len(items), frames)
-        crops = [self._crop(utterance, start, frames) for utterance, start in items]
-        found[LENGTHS][:] = [crop.frames for crop in crops]
-        self._fill(crops, found)
+        crops = self._crops(items, frames)
+        found[LENGTHS][:] = crops.frames
+        if items:
+            self._fill(crops, found)
         return found
 
     def taps(self, utterance: str, name: str, frame: int) -> list[tuple[int, Fraction]]:
         """The stored frames that a frame of the view is made of, and their exact weights; the samples that it spans."""
-        self._crop(utterance, frame, 1)
+        self._crops([(utterance, frame)], 1)
         member = next((member for member in self._members if member.name == name), None)
         if member is None:
             raise MissingFeature(f"the view has no feature {name!r} ({nearest(name, self.names)})")
@@ -225,27 +243,43 @@ class View(Mapping[str, Batch]):
         return (f"<View of {self._store.path.name}: {' '.join(self.names)} at {self.rate} Hz by {self.timing}; "
                 f"{len(self):,} utterances, {seconds / 3600:.1f} h>")
 
-    def _fill(self, crops: Sequence[_Crop], out: Batch) -> None:
+    def _fill(self, crops: _Crops, out: Batch) -> None:
         """Write the crops into the rows of arrays: first all that they need is read at once, then it is aligned."""
-        pieces = [[member.piece(crop, member.row(crop.number, self._keys[crop.number]), out[member.name][number])
-                   for number, crop in enumerate(crops)] for member in self._members]
-        if read([(piece.row, piece.first, piece.stored) for some in pieces for piece in some]):
-            self._members = [member.moved(self._keys) for member in self._members]
-        for member, some in zip(self._members, pieces, strict=True):
-            for piece in some:
-                member.convert(piece)
+        parts = [member.part(crops, out[member.name]) for member in self._members]
+        try:
+            read_rows([one for part in parts for one in part.wanted()])
+        except FileNotFoundError:
+            self._look_again(parts)
+        for part in parts:
+            part.finish()
 
-    def _crop(self, utterance: str, start: int, frames: int) -> _Crop:
-        """The frames that are there of those asked for."""
-        length = self.length(utterance)
-        if frames < 1 or not 0 <= start < max(length, 1):
-            raise ValueError(f"{utterance}: {frames} frames from {start} of {length}: expected at least one frame, and "
-                             "a start inside the utterance")
-        return _Crop(self._place[utterance], start, min(frames, length - start), length)
+    def _look_again(self, parts: Sequence[_Part]) -> None:
+        """Read what a batch needs although segments were compacted away since the view was made."""
+        numbers = parts[0].crops.number.tolist()
+        read([(part.member.row(number, self._keys[number]), first, place) for part in parts
+              for number, first, place in zip(numbers, part.first.tolist(), part.places, strict=True)])
+        self._members = [member.moved() for member in self._members]
+
+    def _crops(self, items: Sequence[tuple[str, int]], frames: int) -> _Crops:
+        """The crops from (utterance, start), without the frames that lie beyond the end."""
+        number = np.array([self._number(utterance) for utterance, _ in items], np.int64)
+        start, length = np.array([start for _, start in items], np.int64), self.lengths[number]
+        if frames < 1 or ((start < 0) | (start >= np.maximum(length, 1))).any():
+            wrong = 0 if frames < 1 else int(np.argmax((start < 0) | (start >= np.maximum(length, 1))))
+            raise ValueError(f"{items[wrong][0]}: {frames} frames from {start[wrong]} of {length[wrong]}: expected at "
+                             "least one frame, and a start inside the utterance")
+        return _Crops(number, start, np.minimum(frames, length - start))
+
+    def _number(self, utterance: str) -> int:
+        number = self._place.get(utterance)
+        if number is None:
+            raise MissingUtterance(f"the view has no utterance {utterance!r} ({nearest(utterance, self._keys)})")
+        return number
 
     def _member(self, name: str, hashes: np.ndarray) -> _Member:
         feature = self._store.feature(name)
-        rows = feature.index, feature.index.positions(hashes)
+        index = feature.index
+        rows = index.segments, index.records, index.positions(hashes)
         if feature.kind == "global":
             return _Member(name, feature, *rows)
         if feature.frame_rate is None:
@@ -275,7 +309,7 @@ class View(Mapping[str, Batch]):
         """StaleFeature where features of one utterance stem from different audio."""
         first: np.ndarray | None = None
         for member in self._members:
-            sources = member.index.records["source"][member.at]
+            sources = member.records["source"][member.at]
             if first is None:
                 first, of = sources.copy(), np.full(len(sources), member.name, object)
                 continue
@@ -301,7 +335,7 @@ class View(Mapping[str, Batch]):
         return grid.index.records["length"][at].astype(np.int64)
 
     def _room(self, rows: int, frames: int) -> Batch:
-        return {member.name: member.empty(frames, rows) for member in self._members} | {
+        return {member.name: member.empty(rows, frames) for member in self._members} | {
             LENGTHS: np.empty(rows, np.int64)}
 
     def _checked(self, out: Batch, rows: int, frames: int) -> Batch:

@@ -114,6 +114,11 @@ class Conversion:
         """Whether target frame j is source frame j, whatever the kind."""
         return self.s == self.t == 1 and self.left == 0
 
+    @property
+    def too_fine(self) -> bool:
+        """Whether steps may not be counted in 64 bits."""
+        return max(self.m, self.width) >= FINEST
+
     def natural_length(self, source_length: int) -> int:
         """Target frames that `source_length` source frames fill to the end, and at least one."""
         return max(1, source_length * self.s // self.t)
@@ -126,6 +131,12 @@ class Conversion:
         """
         if self.timing == "edges":
             return 0, max(0, source_length * self.s // self.t - 1)
+        return -self.left // self.width, -((self.left - source_length * self.m) // self.width) - 1
+
+    def reaches(self, source_length: np.ndarray) -> tuple[int, np.ndarray]:
+        """`reach` of several sources: the first frame is the same for all."""
+        if self.timing == "edges":
+            return 0, np.maximum(0, source_length * self.s // self.t - 1)
         return -self.left // self.width, -((self.left - source_length * self.m) // self.width) - 1
 
     def source_range(self, start: int, stop: int, source_length: int | None = None,
@@ -152,6 +163,25 @@ class Conversion:
             right = min(right, source_length * self.m)
         return left // self.m, -(-right // self.m)
 
+    def source_ranges(self, start: np.ndarray, stop: np.ndarray, source_length: np.ndarray,
+                      kind: Kind = "continuous") -> tuple[np.ndarray, np.ndarray]:
+        """`source_range` of several crops, each of its own source."""
+        start, stop, source_length = map(self._counted, (start, stop, source_length))
+        if kind == "continuous":
+            low, high = self.reaches(source_length)
+            left = self.left + np.minimum(np.maximum(start, low), high) * self.width
+            right = self.left + (np.minimum(np.maximum(stop - 1, low), high) + 1) * self.width
+            first = np.maximum(left, 0) // self.m
+            last = -(-np.minimum(right, source_length * self.m) // self.m)
+        else:
+            near, far = self._places(start, source_length), self._places(stop - 1, source_length)
+            if kind == "f0":
+                first, last = near // self.m, -(-far // self.m) + 1
+            else:
+                first, last = (2 * near + self.m) // (2 * self.m), (2 * far + self.m) // (2 * self.m) + 1
+        last = np.where(start < stop, last, first)
+        return first.astype(np.int64, copy=False), last.astype(np.int64, copy=False)
+
     def taps(self, frame: int, source_length: int, kind: Kind = "continuous") -> list[tuple[int, Fraction]]:
         """Source frames of target frame `frame` and their exact weights, which sum to 1; for f0 those of log-Hz."""
         if kind != "continuous":
@@ -168,14 +198,18 @@ class Conversion:
         return [(i, Fraction(min(right, (i + 1) * self.m) - max(left, i * self.m), right - left))
                 for i in range(left // self.m, -(-right // self.m))]
 
-    def nearest(self, start: int, stop: int, source_length: int) -> np.ndarray:
-        """Source frames whose centres are nearest to those of target frames `[start, stop)`, of two the later."""
-        return ((2 * self._places(start, stop, source_length) + self.m) // (2 * self.m)).astype(np.intp, copy=False)
+    def nearest(self, frames: np.ndarray, source_length: int | np.ndarray) -> np.ndarray:
+        """Source frames whose centres are nearest to those of target frames, of two the later.
 
-    def neighbours(self, start: int, stop: int, source_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For target frames `[start, stop)`: the source frame centred on or before theirs, the nearest one, and how far
-        towards the next one they are centred, in [0, 1)."""
-        places = self._places(start, stop, source_length)
+        source_length: of the one source of all frames, or of each one's.
+        """
+        return ((2 * self._places(frames, source_length) + self.m) // (2 * self.m)).astype(np.intp, copy=False)
+
+    def neighbours(self, frames: np.ndarray,
+                   source_length: int | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For target frames: the source frame centred on or before theirs, the nearest one, and how far towards the
+        next one they are centred, in [0, 1)."""
+        places = self._places(frames, source_length)
         left = places // self.m
         step = places - left * self.m
         nearest = left + (2 * step >= self.m)
@@ -196,15 +230,17 @@ class Conversion:
             rows.append(self._work_out(np.arange(end, stop), source_length))
         return rows[0] if len(rows) == 1 else Rows.joined(rows)
 
-    def _places(self, start: int, stop: int, source_length: int) -> np.ndarray:
+    def _places(self, frames: np.ndarray, source_length: int | np.ndarray) -> np.ndarray:
         """Centres of target frames, in steps after that of source frame 0, held at the source's ends."""
-        places = self._counted(np.arange(start, stop)) * self.width
+        places = self._counted(frames) * self.width
         places += self.middle
+        if isinstance(source_length, np.ndarray):
+            source_length = self._counted(source_length)
         return np.minimum(np.maximum(places, 0), (source_length - 1) * self.m)
 
     def _counted(self, frames: np.ndarray) -> np.ndarray:
         """Frame numbers that may be multiplied by steps: Python's integers where 64 bits might not do."""
-        return frames.astype(object) if max(self.m, self.width) >= FINEST else frames
+        return frames.astype(object) if self.too_fine else frames
 
     def _within(self, frame: int, far: int | None) -> int:
         place = max(0, self.middle + frame * self.width)

@@ -39,6 +39,23 @@ def align_f0(f0: Array, source_rate: Exact, target_rate: Exact, *, length: int |
 def fill_f0(f0: np.ndarray, out: np.ndarray, grids: Conversion, start: int, stop: int, source_start: int,
             source_length: int) -> None:
     """Write target frames `[start, stop)` of f0 `(..., T)` into `out`."""
+    _check(f0, grids)
+    if start == stop or not out.size:
+        return
+    left, nearest, w = grids.neighbours(np.arange(start, stop), source_length)
+    out[...] = _between(f0, left - source_start, nearest - source_start, w)
+
+
+def f0_frames(f0: np.ndarray, grids: Conversion, frames: np.ndarray, shift: np.ndarray,
+              source_length: np.ndarray) -> np.ndarray:
+    """Target frames `(n,)` of several utterances whose f0 stands in one row: each has its own number, the length of its
+    source, and its `shift`: where in `f0` that source's frame 0 would be."""
+    _check(f0, grids)
+    left, nearest, w = grids.neighbours(frames, source_length)
+    return _between(f0, left + shift, nearest + shift, w)
+
+
+def _check(f0: np.ndarray, grids: Conversion) -> None:
     if grids.timing != "centres":
         raise ValueError(f"found a conversion with timing {grids.timing!r}; expected 'centres', by which f0 is always "
                          "aligned: conversion(..., timing='centres')")
@@ -49,15 +66,13 @@ def fill_f0(f0: np.ndarray, out: np.ndarray, grids: Conversion, start: int, stop
         if not (low >= 0 and high < np.inf):   # NaN fails both
             raise ValueError(f"f0: found values from {low} to {high}; expected finite Hz, and 0 where unvoiced: "
                              "np.nan_to_num(f0) turns NaN into 0")
-    if start == stop or not out.size:
-        return
-    left, nearest, w = grids.neighbours(start, stop, source_length)
-    left -= source_start
-    nearest -= source_start
+
+
+def _between(f0: np.ndarray, left: np.ndarray, nearest: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """f0 `(..., T)` at `w` of the way from frames `left` to the next ones; that of `nearest` where one is unvoiced."""
     held = f0[..., nearest]
     if not w.any():
-        out[...] = held
-        return
+        return held
     a = f0[..., left].astype(np.float64)
     b = f0[..., left + (w > 0)].astype(np.float64)
     low, high = np.minimum(a, b), np.maximum(a, b)
@@ -69,4 +84,4 @@ def fill_f0(f0: np.ndarray, out: np.ndarray, grids: Conversion, start: int, stop
     # The bounds give back, bit for bit, a value that is the same on both sides, or that the frame's centre falls on.
     np.maximum(value, low, out=value)
     np.minimum(value, high, out=value)
-    out[...] = np.where(low > 0, value, held)
+    return np.where(low > 0, value, held)

@@ -18,6 +18,7 @@ memory. Values must be finite, and their differences too.
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import Any, get_args
 
 import numpy as np
@@ -26,7 +27,7 @@ from .conversion import Conversion, Exact, Kind, Rows, Timing, conversion
 
 Array = Any  # numpy.ndarray or torch.Tensor, as given
 
-_KINDS = get_args(Kind)
+KINDS = get_args(Kind)
 BLOCK = 32_000        # elements per pass, 125 KiB in float32: two blocks stay in the second cache; and torch runs what
 #                       has fewer than 32768 elements in the calling thread, which a forked process needs
 FEW_TAPS = 8          # up to here float32 sums are within 1e-6 of the exact ones; more taps are summed in float64
@@ -80,8 +81,8 @@ def source_range(start: int, stop: int, source_rate: Exact, target_rate: Exact, 
         source_length: frames of the whole source; None: the source goes on for as long as it is needed.
         kind: "continuous" (`retrans`), "f0" (`align_f0`; always by centres) or "discrete" (`nearest`).
     """
-    if kind not in _KINDS:
-        raise ValueError(_unknown(kind))
+    if kind not in KINDS:
+        raise ValueError(unknown(kind))
     timing = "centres" if kind == "f0" else timing
     grids = conversion(source_rate, target_rate, timing, source_centre_s, target_centre_s)
     if source_length is not None and source_length < 1:
@@ -99,8 +100,8 @@ def taps(frame: int, source_rate: Exact, target_rate: Exact, *, source_length: i
     For kind "f0" the weights are those of log-Hz between two voiced frames; where one is unvoiced, the heavier one (of
     equals the later) answers alone.
     """
-    if kind not in _KINDS:
-        raise ValueError(_unknown(kind))
+    if kind not in KINDS:
+        raise ValueError(unknown(kind))
     timing = "centres" if kind == "f0" else timing
     grids = conversion(source_rate, target_rate, timing, source_centre_s, target_centre_s)
     if source_length < 1:
@@ -121,8 +122,8 @@ def align(kind: Kind, x: Array, grids: Conversion, *, length: int | None = None,
     tensor = torch is not None and isinstance(x, torch.Tensor)
     if not (tensor or isinstance(x, np.ndarray)):
         raise TypeError(f"x: found {type(x).__name__}; expected a numpy array or a torch tensor")
-    if kind not in _KINDS:
-        raise ValueError(_unknown(kind))
+    if kind not in KINDS:
+        raise ValueError(unknown(kind))
     axis = -1 if kind == "f0" or x.ndim == 1 else -2
     stop, source_length = _checked(kind, x, axis, grids, length, start, stop, source_start, source_length)
     shape = (*x.shape[:axis], stop - start, *x.shape[x.ndim + axis + 1:])
@@ -135,7 +136,7 @@ def align(kind: Kind, x: Array, grids: Conversion, *, length: int | None = None,
         return _align_tensor(kind, x, grids, start, stop, source_start, source_length, out)
     if out is None:
         out = np.empty(shape, x.dtype)
-    _fill(kind, x, axis, out, grids, start, stop, source_start, source_length)
+    fill(kind, x, axis, out, grids, start, stop, source_start, source_length)
     return out
 
 
@@ -170,8 +171,8 @@ def _checked(kind: Kind, x: Array, axis: int, grids: Conversion, length: int | N
     return stop, source_length
 
 
-def _unknown(kind: str) -> str:
-    return (f"kind: found {kind!r}; expected {', '.join(map(repr, _KINDS))}: samples are cut, never converted, and "
+def unknown(kind: str) -> str:
+    return (f"kind: found {kind!r}; expected {', '.join(map(repr, KINDS))}: samples are cut, never converted, and "
             "what is global has no frames")
 
 
@@ -186,8 +187,8 @@ def _described(x: Any, shape: tuple[int, ...] | None = None) -> str:
     return f"{type(x).__name__} {shape} of {getattr(x, 'dtype', 'no dtype')}"
 
 
-def _fill(kind: Kind, x: np.ndarray, axis: int, out: np.ndarray, grids: Conversion, start: int, stop: int,
-          source_start: int, source_length: int) -> None:
+def fill(kind: Kind, x: np.ndarray, axis: int, out: np.ndarray, grids: Conversion, start: int, stop: int,
+         source_start: int, source_length: int) -> None:
     """Write the frames into `out`, any leading axes one item at a time."""
     if kind == "f0":
         from .f0 import fill_f0
@@ -204,7 +205,7 @@ def _fill(kind: Kind, x: np.ndarray, axis: int, out: np.ndarray, grids: Conversi
     if x.ndim > 2:
         x = x.reshape(-1, *x.shape[-2:])
         for item, into in zip(x, (out[index] for index in np.ndindex(out.shape[:-2])), strict=True):
-            _fill(kind, item, -2, into, grids, start, stop, source_start, source_length)
+            fill(kind, item, -2, into, grids, start, stop, source_start, source_length)
         return None
     if grids.is_copy:
         # A frame beyond the source repeats the last.
@@ -216,13 +217,49 @@ def _fill(kind: Kind, x: np.ndarray, axis: int, out: np.ndarray, grids: Conversi
         return None
     x = np.ascontiguousarray(x)  # take would copy the whole of anything else, at every call
     if kind == "discrete":
-        x.take(grids.nearest(start, stop, source_length) - source_start, 0, out, "clip")
+        x.take(grids.nearest(np.arange(start, stop), source_length) - source_start, 0, out, "clip")
         return None
+    if out.flags.c_contiguous:
+        shift, begin, end, whole = (np.array([number]) for number in (-source_start, start, stop, source_length))
+        if mixed(x, grids, shift, begin, end, whole, out[None], load=False):
+            return None
     for first in range(start, stop, grids.stretch):
         last = min(stop, first + grids.stretch)
         _mix(x, out[first - start: last - start], grids.rows(first, last, source_length), source_start,
              x.dtype == np.float64 or grids.taps_bound > FEW_TAPS)
     return None
+
+
+def mixed(x: np.ndarray, grids: Conversion, shift: np.ndarray, start: np.ndarray, stop: np.ndarray,
+          source_length: np.ndarray, out: np.ndarray, *, load: bool) -> bool:
+    """Whether compiled code wrote the frames of several crops into `out`, contiguous: see `compiled._mix`.
+
+    It does where numba is installed, for what is summed in float32. load: import it if nobody has: a second that a batch
+    is worth, and a single crop is not.
+    """
+    if x.dtype not in (np.float16, np.float32) or grids.taps_bound > FEW_TAPS or grids.too_fine:
+        return False
+    if x.dtype != out.dtype or not (x.flags.behaved and out.flags.behaved):
+        return False
+    mix = compiled() if load else getattr(sys.modules.get(f"{__package__}.compiled"), "mix", None)
+    if mix is None:
+        return False
+    bits = np.uint16 if x.dtype == np.float16 else np.float32
+    x, out = (array[..., None] if array.ndim == ndim else array for array, ndim in ((x, 1), (out, 2)))
+    low, high = grids.reaches(source_length)
+    mix(x.view(bits), shift, start, stop, source_length, low, high, grids.m, grids.width, grids.left, grids.taps_bound,
+        out.view(bits))
+    return True
+
+
+@lru_cache(maxsize=1)
+def compiled() -> Any:
+    """The sums as machine code; None where numba is not installed or cannot be used."""
+    try:
+        from .compiled import mix
+    except ImportError:
+        return None
+    return mix
 
 
 def _mix(x: np.ndarray, out: np.ndarray, rows: Rows, source_start: int, double: bool) -> None:
@@ -310,7 +347,7 @@ def _gathered(torch: Any, kind: Kind, x: Any, grids: Conversion, start: int, sto
         return torch.from_numpy(np.ascontiguousarray(indices - source_start)).to(x.device)
 
     if kind == "discrete" or start == stop:
-        return x.index_select(axis, frames(grids.nearest(start, stop, source_length)))
+        return x.index_select(axis, frames(grids.nearest(np.arange(start, stop), source_length)))
     if axis == -1:
         return _gathered(torch, kind, x[:, None], grids, start, stop, source_start, source_length)[:, 0]
     double = x.dtype == torch.float64 or grids.taps_bound > FEW_TAPS
