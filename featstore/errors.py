@@ -69,6 +69,14 @@ class CorruptSegment(FeatstoreError, ValueError):
     """Stored bytes are missing, truncated or changed."""
 
 
+class RemoteError(FeatstoreError, OSError):
+    """An object store or web server cannot be reached, refuses, or fails."""
+
+
+class ConditionalPutIgnored(UserWarning):
+    """An object store ignores If-None-Match: two writers may both be told that they were first to name a feature."""
+
+
 class DiskFull(FeatstoreError, OSError):
     """The disk does not have, or did not have, the room that is needed."""
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from .devices import Devices, names_of
 from .errors import BadRequest, DiskFull, FeatstoreError
 from .plan import Failure, Plan, plan, record_of, stamp
 from .spec import Extractor
+from .storage import Place
 from .store import COMMIT_S, Store
 from .work import Frames, Made, Task, Workbench, passes, start, work
 from .writer import Writer
@@ -111,7 +111,7 @@ def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *
     store.refresh()
     known = failures(store)
     todo = plan(corpus, store, extractors, replace=replace, rehash=rehash, failures=known)
-    if todo.bytes_needed + HEADROOM > todo.bytes_free and todo.bytes_needed:
+    if todo.bytes_needed and todo.bytes_free is not None and todo.bytes_needed + HEADROOM > todo.bytes_free:
         raise DiskFull(f"{store.path} needs about {todo.bytes_needed / 1e9:.2f} GB more and "
                        f"{todo.bytes_free / 1e9:.2f} GB are free. Nothing was written; free some room or put the store "
                        "on another disk.")
@@ -140,7 +140,7 @@ def failures(store: Store) -> list[Failure]:
     """What failed and was not stored since, from `<store>.failures.jsonl`."""
     found: dict[tuple[str, str | None], Failure] = {}
     path = _failures_path(store)
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else ():
         try:
             failure = Failure(**json.loads(line))
         except (ValueError, TypeError):
@@ -192,7 +192,7 @@ class _Run:
         self.plan, self.store, self.strict, self.progress = todo, store, strict, progress
         self.extractors = {name: extractors[name] for name, item in todo.features.items() if item.todo}
         self.commit_every_s = commit_every_s
-        self.spool = store.path / "spool" / storage.new_id()
+        self.spool = storage.spool(store.path)
         self.utterances = {utterance.key: utterance for utterance in todo.corpus.utterances}
         self.total = int(todo.todo.any(axis=1).sum())
         deferred = {name: extractor for name, extractor in self.extractors.items()
@@ -470,7 +470,7 @@ def _worker_environment(threads: int) -> Iterator[None]:
                 os.environ[name] = text
 
 
-def _failures_path(store: Store) -> Path:
+def _failures_path(store: Store) -> Place:
     return store.path.with_name(store.path.name + ".failures.jsonl")
 
 

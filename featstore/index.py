@@ -13,6 +13,7 @@ import numpy as np
 from . import storage
 from .errors import NotAStore
 from .segment import RECORD, REMOVED, Segment, group, key_hashes, put_plain
+from .storage import Place
 
 CURRENT = Callable[[np.ndarray], np.ndarray]  # records -> whether each was made from its utterance's current audio
 
@@ -174,31 +175,39 @@ def _winners(records: np.ndarray, current: CURRENT | None) -> np.ndarray:
     return records[best % len(records)]
 
 
-def write_catalogue(folder: Path, index: Index) -> None:
+def write_catalogue(folder: Place, index: Index) -> None:
     """Put what `merge` gave beside its segments: derived, immutable, may be deleted at any time."""
     home = folder / "catalogue" / storage.new_id()
     storage.make_folders(folder, home)
     rows = len(index.records)
-    put_plain(home / "hashes", index.hashes, ["row"])
-    put_plain(home / "records", index.records.view(np.uint8).reshape(rows, RECORD.itemsize), ["row", "byte"])
+    staged = storage.staging(home)
+    put_plain(staged / "hashes", index.hashes, ["row"])
+    put_plain(staged / "records", index.records.view(np.uint8).reshape(rows, RECORD.itemsize), ["row", "byte"])
     storage.sync_tree(home)
-    storage.put_document(home / "zarr.json", group({"segments": [s.id for s in index.segments], "rows": rows}))
+    storage.upload(staged, home)
+    storage.commit_document(home / "zarr.json", group({"segments": [s.id for s in index.segments], "rows": rows}))
+    storage.unstage(staged, home)
 
 
-def read_catalogue(folder: Path, segments: Sequence[Segment]) -> Index | None:
+def read_catalogue(folder: Place, segments: Sequence[Segment]) -> Index | None:
     """What `merge` gave, mapped: the newest catalogue all of whose segments are there; None where none serves."""
     by_id = {segment.id: segment for segment in segments}
     home = folder / "catalogue"
-    names = sorted((p.name for p in home.iterdir()), reverse=True) if home.is_dir() else []
-    for name in names:
+    for name in reversed(storage.names(home)):
         try:
             facts: dict[str, Any] = storage.read_document(home / name / "zarr.json")["attributes"]["featstore"]
             if not all(segment in by_id for segment in facts["segments"]):
                 continue
-            hashes = np.memmap(home / name / "hashes" / "c" / "0", "<u8", "r", shape=(facts["rows"],))
-            records = np.memmap(home / name / "records" / "c" / "0" / "0", RECORD, "r", shape=(facts["rows"],))
+            hashes = _mapped(home / name / "hashes" / "c" / "0", np.dtype("<u8"), facts["rows"])
+            records = _mapped(home / name / "records" / "c" / "0" / "0", RECORD, facts["rows"])
         except (OSError, ValueError, KeyError, NotAStore, json.JSONDecodeError):
             continue  # half-written or half-removed: the segments themselves are the truth
-        mapped = hashes.view(np.ndarray), records.view(np.ndarray)  # a memmap costs microseconds at every look
-        return Index([by_id[segment] for segment in facts["segments"]], *mapped)
+        return Index([by_id[segment] for segment in facts["segments"]], hashes, records)
     return None
+
+
+def _mapped(path: Place, dtype: np.dtype, rows: int) -> np.ndarray:
+    """The rows of a file, mapped; of an object, read as a whole."""
+    if isinstance(path, Path):
+        return np.memmap(path, dtype, "r", shape=(rows,)).view(np.ndarray)  # a memmap costs microseconds at every look
+    return np.frombuffer(path.read_bytes(), dtype, rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import audio
+from . import audio, storage
 from .corpus import Corpus, Utterance
 from .errors import BadAudio, BadRequest, IdentityMismatch
 from .index import Index, hash_keys
@@ -71,7 +70,7 @@ class Plan:
     orphans: tuple[str, ...]    # in the store, not in the corpus
     seconds: np.ndarray         # of each utterance with something to do, by header or manifest; 0 for the others
     bytes_needed: int
-    bytes_free: int
+    bytes_free: int | None      # None: there is no telling, as of object stores
 
     @property
     def utterances(self) -> int:
@@ -122,7 +121,7 @@ def plan(corpus: Corpus, store: Store | None, extractors: Mapping[str, Extractor
     for column, item in enumerate(features.values()):
         item.bytes = int(_bytes_of(item.spec, seconds[todo[:, column]]))
     needed = sum(item.bytes for item in features.values()) + len(some) * UTTERANCE_BYTES
-    free = shutil.disk_usage(store.path).free if store is not None else 0
+    free = storage.free_bytes(store.path) if store is not None else None
     return Plan(corpus, features, todo, renewed, _orphans(store, hashes), seconds, needed, free)
 
 

@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +23,9 @@ import numpy as np
 
 from . import storage
 from .codecs import RAW, Encoding, bytes_codec, named, recognised
-from .errors import CorruptSegment
+from .errors import CorruptSegment, NotAStore
 from .shards import Shards, chunk_table, shard_index
+from .storage import Place
 
 RECORD = np.dtype([
     ("hash", "<u8"), ("tag", "<u8"),          # 128 bits of blake2b of the key: equal means the same key
@@ -58,18 +59,19 @@ def key_hashes(key: str) -> tuple[int, int]:
 class SegmentWriter:
     """Appends rows to a new segment; nothing of it is visible before `commit`."""
 
-    def __init__(self, folder: Path, dtype: str, dim: int, encoding: Encoding = RAW) -> None:
+    def __init__(self, folder: Place, dtype: str, dim: int, encoding: Encoding = RAW) -> None:
         self.folder, self.dtype, self.dim = folder, np.dtype(dtype).newbyteorder("<"), dim
         self.row_bytes = self.dtype.itemsize * max(dim, 1)
         inner_rows = max(1, INNER_BYTES // self.row_bytes)
         shard_rows = inner_rows * max(1, SHARD_BYTES // (inner_rows * self.row_bytes))
-        self._shards = Shards.of(encoding, folder / "frames", self.dtype, dim, inner_rows, shard_rows)
+        with storage.disk_room(folder):
+            self._home = storage.staging(folder)
+            (self._home / "frames").mkdir(parents=True)
+        self._shards = Shards.of(encoding, self._home / "frames", self.dtype, dim, inner_rows, shard_rows)
         self._begun = time.time_ns()
         self._records = bytearray()
         self._keys = bytearray()
         self._lost = False
-        with storage.disk_room(folder):
-            (folder / "frames").mkdir(parents=True)
 
     @property
     def rows(self) -> int:
@@ -136,27 +138,32 @@ class SegmentWriter:
             raise
 
     def _commit(self, attributes: dict[str, Any]) -> None:
-        _put_frames(self.folder / "frames", self._shards, self._shards.finish())
+        _put_frames(self._home / "frames", self._shards, self._shards.finish())
         index = np.frombuffer(bytes(self._records), np.uint8).reshape(len(self), RECORD.itemsize)
         keys = np.frombuffer(bytes(self._keys), np.uint8)
-        put_plain(self.folder / "index", index, ["row", "byte"])
-        put_plain(self.folder / "keys", keys, ["byte"])
+        put_plain(self._home / "index", index, ["row", "byte"])
+        put_plain(self._home / "keys", keys, ["byte"])
         facts = {"rows": len(self), "frames": self.rows, "bytes": self.size,
                  "index_crc32c": google_crc32c.value(bytes(self._records)),
                  "keys_crc32c": google_crc32c.value(bytes(self._keys))}
         if not self._shards.encoding.raw:
             facts |= {"codec": self._shards.encoding.name, "stored": self._shards.stored}
-        self._lost = True  # after a failed fsync nobody knows what is on the disk: a second one proves nothing
-        storage.sync_tree(self.folder)
-        storage.sync_folder(self.folder.parent)
-        self._lost = False
+        if self._home == self.folder:
+            self._lost = True  # after a failed fsync nobody knows what is on the disk: a second one proves nothing
+            storage.sync_tree(self._home)
+            storage.sync_folder(self._home.parent)
+            self._lost = False
         self._shards.check()
-        storage.put_document(self.folder / "zarr.json", group(attributes | facts))
+        storage.upload(self._home, self.folder)
+        storage.commit_document(self.folder / "zarr.json", group(attributes | facts))
+        storage.unstage(self._home, self.folder)
 
     def discard(self) -> None:
         """Remove what was written; for segments that have no row."""
         self._shards.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        storage.unstage(self._home, self.folder)
+        with contextlib.suppress(OSError):
+            storage.remove_tree(self.folder)
 
     def __len__(self) -> int:
         return len(self._records) // RECORD.itemsize
@@ -177,16 +184,28 @@ class Segment:
 
     _decoded: ClassVar[tuple[Segment, int, int, np.ndarray] | None] = None  # shard, inner chunk and its rows
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         self._shards: dict[int, str] = {}  # those checked, by number
 
-    def __reduce__(self) -> tuple[type[Segment], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Segment], tuple[Place]]:
         return Segment, (self.folder,)
 
     @property
     def id(self) -> str:
         return self.folder.name
+
+    @property
+    def committed(self) -> bool:
+        """Whether its document is there; of objects it is read at once, which is one request instead of two."""
+        if isinstance(self.folder, Path):
+            return (self.folder / "zarr.json").exists()
+        try:
+            return bool(self.facts)
+        except FileNotFoundError:
+            return False
+        except (CorruptSegment, NotAStore):
+            return True  # damaged: whoever needs what it says is told
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -331,10 +350,10 @@ class Segment:
         try:
             self._shards[number] = self.layout.check(number)
         except FileNotFoundError as error:
-            raise self._missing(Path(error.filename)) from None
+            raise self._missing(storage.place(error.filename)) from None
         return self._shards[number]
 
-    def _missing(self, path: Path) -> Exception:
+    def _missing(self, path: Place) -> Exception:
         """For a file that is not there: damage, or (FileNotFoundError) the segment was removed since it was listed."""
         if (self.folder / "zarr.json").exists():
             return CorruptSegment(f"{path} is missing. {_CURE}")
@@ -366,7 +385,7 @@ def encoding_of(segments: Sequence[Segment], dtype: np.dtype) -> Encoding:
 class Layout:
     """How the `frames` array of a segment lies on disk; tells whether its bytes can be read without Zarr."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         document = storage.read_document(folder / "zarr.json")
         self.shape = tuple(document["shape"])
@@ -400,7 +419,7 @@ class Layout:
         rows = min(self.shape[0] - number * self.shard_rows, self.shard_rows)
         chunks, per_shard = -(-rows // self.inner_rows), self.shard_rows // self.inner_rows
         raw = shard_index([self.inner_rows * self.row_bytes] * chunks, per_shard)
-        size = Path(path).stat().st_size
+        size = storage.place(path).stat().st_size
         end, wanted = size - len(raw), chunks * self.inner_rows * self.row_bytes
         if end != wanted if self.direct else end < 0:
             raise CorruptSegment(f"{path} has {size} bytes, expected {wanted + len(raw)}. {_CURE}")
@@ -453,7 +472,7 @@ def _put_frames(folder: Path, shards: Shards, shard_rows: int) -> None:
 
 
 def put_plain(folder: Path, data: np.ndarray, names: list[str]) -> None:
-    """A small uncompressed array in one chunk; not synced."""
+    """A small uncompressed array in one chunk of a folder or staging folder; not synced."""
     leaf = folder / "c" / "/".join(["0"] * data.ndim)
     leaf.parent.mkdir(parents=True, exist_ok=True)
     if data.size:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import google_crc32c
@@ -28,6 +27,7 @@ from .errors import BadRequest, CorruptSegment, nearest
 from .index import hash_keys
 from .segment import group, put_plain
 from .spec import NAME
+from .storage import Place
 from .store import Store, StoredUtterance, make_group
 
 By = Literal["song", "speaker", "utterance"]
@@ -56,7 +56,7 @@ class Split:
     seed: int
     percent: Mapping[str, str]
     parts: Mapping[str, Part]
-    folder: Path
+    folder: Place
     checksum: int
 
     @property
@@ -143,10 +143,10 @@ def members(store: Store, which: str, keys: Iterable[str]) -> list[str]:
     return chosen
 
 
-def read_splits(root: Path) -> dict[str, Split]:
+def read_splits(root: Place) -> dict[str, Split]:
     """The splits of a store by name."""
     home = root / "splits"
-    names = sorted(p.name for p in home.iterdir() if NAME.fullmatch(p.name)) if home.is_dir() else []
+    names = [name for name in storage.names(home) if NAME.fullmatch(name)]
     return {name: _read(home / name) for name in names if (home / name / "zarr.json").exists()}
 
 
@@ -312,9 +312,12 @@ def _put(store: Store, name: str, facts: Mapping[str, Any], hashes: np.ndarray, 
     data = home / storage.new_id()
     make_group(store.path, home.parent)
     storage.make_folders(store.path, data)
-    put_plain(data / "hashes", hashes.view("<u8").reshape(-1, 2), ["utterance", "half"])
-    put_plain(data / "parts", parts, ["utterance"])
+    staged = storage.staging(data)
+    put_plain(staged / "hashes", hashes.view("<u8").reshape(-1, 2), ["utterance", "half"])
+    put_plain(staged / "parts", parts, ["utterance"])
     storage.sync_tree(data)
+    storage.upload(staged, data)
+    storage.unstage(staged, data)
     make_group(store.path, data)
     made = storage.create_document(home / "zarr.json", group({**facts, "data": data.name}))
     store.forget_splits()
@@ -322,7 +325,7 @@ def _put(store: Store, name: str, facts: Mapping[str, Any], hashes: np.ndarray, 
         _refuse_taken(store, name)  # somebody else was first
 
 
-def _read(folder: Path) -> Split:
+def _read(folder: Place) -> Split:
     facts = storage.read_document(folder / "zarr.json").get("attributes", {}).get("featstore", {})
     try:
         parts = {name: Part(**facts["parts"][name]) for name in PARTS}

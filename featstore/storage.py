@@ -1,4 +1,8 @@
-"""Bytes on a local file system, durably: atomic documents, exclusive creation, folder syncs, cached read handles."""
+"""Bytes of a store, durably: atomic documents, exclusive creation, folder syncs, cached read handles.
+
+A store lies in a local folder or, under a URL, in objects (see objects.py). What differs between the two is in here:
+objects need no syncs and no folders, appear as a whole or not at all, and are written by way of a local folder.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,31 @@ import errno
 import json
 import os
 import secrets
+import shutil
+import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import DiskFull, NotAStore
+from . import objects
+from .errors import CorruptSegment, DiskFull, NotAStore
+from .objects import ObjectPath as ObjectPath
+from .objects import Place as Place
+from .objects import place as place
 
 OPEN_FILES = 256  # read handles kept; well below the usual limit of 1,024 per process
+REQUESTS = 32     # for documents and indexes, at one time
+STAGED = "featstore-"  # how the folders begin in which what goes to objects is gathered
+_T = TypeVar("_T")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the entries of `folder` durable; where the platform cannot (Windows), do nothing."""
-    if os.name == "nt":
+def sync_folder(folder: Place) -> None:
+    """Make the entries of `folder` durable; where that means nothing (objects, Windows), do nothing."""
+    if isinstance(folder, ObjectPath) or os.name == "nt":
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -44,8 +58,14 @@ def write_synced(path: Path, data: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-def append(path: Path, lines: bytes) -> None:
-    """Add whole lines to a file that other processes add to: in one write, so that none falls into another's."""
+def append(path: Place, lines: bytes) -> None:
+    """Add whole lines to a file that other processes add to: in one write, so that none falls into another's.
+
+    An object is read and written anew: of two processes that add to it at once, one may lose its lines.
+    """
+    if isinstance(path, ObjectPath):
+        path.put((path.read_bytes() if path.is_file() else b"") + lines)
+        return
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(fd).st_size
@@ -56,28 +76,44 @@ def append(path: Path, lines: bytes) -> None:
         os.close(fd)
 
 
-def sync_tree(folder: Path) -> None:
-    """Make everything below `folder` durable, its own entry in its parent excepted.
+def sync_tree(folder: Place) -> None:
+    """Make everything below `folder` durable, its own entry in its parent excepted; objects are.
 
     Called once when all is written: a journalling file system then commits a few times instead of once a file.
     """
-    for root, _, names in os.walk(folder):
-        for name in names:
+    if isinstance(folder, ObjectPath):
+        return
+    for root, _, entries in os.walk(folder):
+        for name in entries:
             with Path(root, name).open("r+b", buffering=0) as file:
                 os.fsync(file.fileno())
     for root, _, _ in os.walk(folder, topdown=False):
         sync_folder(Path(root))
 
 
-def put_document(path: Path, record: dict[str, Any]) -> None:
+def put_document(path: Place, record: dict[str, Any]) -> None:
     """Put a JSON document in place in one step, durably: a reader sees all of it or what was there before."""
+    if isinstance(path, ObjectPath):
+        path.put(_json(record))
+        return
     with _staged(path, record) as staged:
         staged.replace(path)
     sync_folder(path.parent)
 
 
-def create_document(path: Path, record: dict[str, Any]) -> bool:
+def commit_document(path: Place, record: dict[str, Any]) -> None:
+    """`put_document` for a name that nobody else makes; CorruptSegment if it is taken all the same."""
+    if isinstance(path, Path):
+        put_document(path, record)
+    elif not path.create(_json(record)):
+        raise CorruptSegment(f"{path} is there already, with other contents: something else wrote it. Nothing of this "
+                             "segment was committed; run the same command again.")
+
+
+def create_document(path: Place, record: dict[str, Any]) -> bool:
     """Put a JSON document in place if there is none; False if somebody else was first."""
+    if isinstance(path, ObjectPath):
+        return path.create(_json(record))
     if path.exists():
         return False
     with _staged(path, record) as staged:
@@ -89,7 +125,7 @@ def create_document(path: Path, record: dict[str, Any]) -> bool:
     return True
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def read_document(path: Place) -> dict[str, Any]:
     """The JSON object in `path`. FileNotFoundError passes through; anything but an object is NotAStore."""
     try:
         record = json.loads(path.read_bytes())
@@ -100,14 +136,91 @@ def read_document(path: Path) -> dict[str, Any]:
     return record
 
 
-def make_folders(root: Path, folder: Path) -> None:
-    """Make `folder` and its parents below `root`, each entry durable."""
-    if folder == root or folder.is_dir():
+def make_folders(root: Place, folder: Place) -> None:
+    """Make `folder` and its parents below `root`, each entry durable. Objects need none."""
+    if isinstance(folder, ObjectPath) or folder == root or folder.is_dir():
         return
     make_folders(root, folder.parent)
     with disk_room(folder):
         folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
+
+
+def names(folder: Place) -> list[str]:
+    """The names in a folder, sorted; none where there is no folder. One request where it holds objects."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def staging(folder: Place) -> Path:
+    """Where the files of a new folder are to be written before `upload`: in itself, or for objects in a local one."""
+    if isinstance(folder, Path):
+        return folder
+    return Path(tempfile.mkdtemp(prefix=f"{STAGED}{folder.name}-"))
+
+
+def upload(staged: Path, folder: Place) -> None:
+    """Put every file that was written in `staged` beside its fellows, and hold their sizes against what is there."""
+    if isinstance(folder, Path):
+        return
+    files = {path.relative_to(staged).as_posix(): path for path in staged.rglob("*") if path.is_file()}
+    concurrently(folder, lambda name: (folder / name).put(files[name]), files)
+    found = {path.relative_to(folder).as_posix(): path.lstat().st_size for path in folder.rglob("*")}
+    for name, path in files.items():
+        if found.get(name) != path.stat().st_size:
+            raise CorruptSegment(f"{folder / name} has {found.get(name, 0)} bytes after its upload, expected "
+                                 f"{path.stat().st_size}. Nothing of it was committed; run the same command again.")
+
+
+def spool(store: Place) -> Path:
+    """A new folder for what a run has to put aside: in the store, or for objects among the temporary files."""
+    if isinstance(store, Path):
+        return store / "spool" / new_id()
+    return Path(tempfile.gettempdir(), f"{STAGED}{new_id()}", "spool")
+
+
+def unstage(staged: Path, folder: Place) -> None:
+    """Remove what `staging` made for objects."""
+    if isinstance(folder, ObjectPath):
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def remove_tree(folder: Place) -> None:
+    """Remove all that is below `folder`, and the folder; what is gone already is gone. OSError where it cannot be."""
+    if isinstance(folder, ObjectPath):
+        folder.remove_below()
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+
+
+def bytes_under(path: Place) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    return sum(facts.st_size for facts in _facts_below(path, folders=False))
+
+
+def touched_s(path: Place, *, deep: bool = True) -> float:
+    """The time, in seconds since 1970, at which a file, or anything in a folder, was written last; 0 if it is gone."""
+    return max((facts.st_mtime for facts in _facts_below(path, folders=True, deep=deep)), default=0.0)
+
+
+def free_bytes(path: Place) -> int | None:
+    """Room on the disk that holds `path`; None where there is no telling."""
+    return shutil.disk_usage(path).free if isinstance(path, Path) else None
+
+
+def concurrently(folder: Place, work: Callable[[_T], Any], items: Iterable[_T]) -> list[Any]:
+    """What `work` gives for every item; where `folder` holds objects, many at a time, since each is a request.
+
+    The first error is raised when all have ended.
+    """
+    todo = list(items)
+    if isinstance(folder, Path) or len(todo) < 2:
+        return [work(item) for item in todo]
+    with ThreadPoolExecutor(min(REQUESTS, len(todo))) as threads:  # none of them is left for a fork to lose
+        return list(threads.map(work, todo))
 
 
 def new_id() -> str:
@@ -121,7 +234,7 @@ def age_s(name: str) -> float:
 
 
 @contextlib.contextmanager
-def disk_room(path: Path) -> Iterator[None]:
+def disk_room(path: Place) -> Iterator[None]:
     """Turn "no space left" into DiskFull, and make "permission denied" say what to do; both name the place."""
     try:
         yield
@@ -139,10 +252,26 @@ def disk_room(path: Path) -> Iterator[None]:
 def _staged(path: Path, record: dict[str, Any]) -> Iterator[Path]:
     staged = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
-        write_synced(staged, json.dumps(record, indent=1, ensure_ascii=False).encode())
+        write_synced(staged, _json(record))
         yield staged
     finally:
         staged.unlink(missing_ok=True)
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, indent=1, ensure_ascii=False).encode()
+
+
+def _facts_below(path: Place, *, folders: bool, deep: bool = True) -> Iterator[Any]:
+    """What is known of a file and, if it is a folder, of what is in it."""
+    if isinstance(path, ObjectPath):
+        below = [item for item in (path.rglob("*") if deep else path.iterdir()) if item.is_file()]
+        yield from (item.lstat() for item in below or ([path] if path.is_file() else []))
+        return
+    for item in (path, *(path.rglob("*") if deep else ())):
+        with contextlib.suppress(FileNotFoundError):
+            if folders or not item.is_dir():
+                yield item.lstat()
 
 
 class _Handle:
@@ -198,19 +327,23 @@ class _Handles:
 handles = _Handles()
 
 
-Range = tuple[str, int, memoryview]  # a file, the byte at which to begin, and the memory to fill from there
+Range = tuple[str, int, memoryview]  # a file or URL, the byte at which to begin, and the memory to fill from there
 
 
 def read_many(ranges: Sequence[Range]) -> None:
     """Fill the memory of every range. All frames are read here, those of a batch by one call.
 
     The whole batch is announced to the system before the first byte is asked for, so that a disk fetches all of it at
-    once instead of piece by piece.
+    once instead of piece by piece. Of objects every range is one request, and all are under way at once.
 
     Raises:
         FileNotFoundError: a file is gone.
         EOFError: a file ends before a range does.
     """
+    remote = [part for part in ranges if "://" in part[0]]
+    if remote:
+        objects.read_many(remote)
+        ranges = [part for part in ranges if "://" not in part[0]]
     for first in range(0, len(ranges), OPEN_FILES):
         some = ranges[first:first + OPEN_FILES]
         files = [handles.get(path) for path, _, _ in some]

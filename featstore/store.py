@@ -28,6 +28,7 @@ from .errors import (
 from .index import Index, drop_replaced, read_catalogue
 from .segment import Segment, group, read_rows
 from .spec import NAME, Spec
+from .storage import Place
 
 if TYPE_CHECKING:
     from featstore_align.conversion import Exact, Timing
@@ -91,15 +92,21 @@ class Why:
 class Collection:
     """The segments of one kind of row: the utterances, or one identity of a feature."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         home = folder / "segments"
-        names = sorted(p.name for p in home.iterdir() if _SEGMENT.fullmatch(p.name)) if home.is_dir() else []
-        self.segments = [Segment(home / name) for name in names if (home / name / "zarr.json").exists()]
+        listed = [Segment(home / name) for name in storage.names(home) if _SEGMENT.fullmatch(name)]
+        there = storage.concurrently(folder, lambda segment: segment.committed, listed)
+        self.segments = [segment for segment, committed in zip(listed, there, strict=True) if committed]
 
     def index(self, current: Any = None) -> Index:
         """The rows that answer, as of when this collection was listed; FileNotFoundError if a segment is gone since."""
-        return Index.build(self.segments, current, read_catalogue(self.folder, self.segments))
+        base = read_catalogue(self.folder, self.segments)
+        if not isinstance(self.folder, Path):
+            known = {segment.id for segment in base.segments} if base is not None else set()
+            storage.concurrently(self.folder, lambda segment: segment.records,
+                                 (segment for segment in drop_replaced(self.segments) if segment.id not in known))
+        return Index.build(self.segments, current, base)
 
 
 class Row:
@@ -259,7 +266,7 @@ class Feature(Mapping[str, "Row"]):
             return self._collection.index(self._store.made_from_current_audio)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         return self._collection.folder
 
     @property
@@ -407,20 +414,20 @@ class Store:
     `store[utterance, feature]` is a `Row`; `store.utterances` and `store.features` are mappings.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Place) -> None:
+        self.path = storage.place(path)
         _check_root(self.path)
         self.refresh()
 
-    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Store], tuple[Place]]:
         return Store, (self.path,)
 
     def refresh(self) -> None:
         """Take a new snapshot: see what was committed since."""
         self.utterances = Utterances(self)
-        home = self.path / "features"
-        names = sorted(p.name for p in home.iterdir() if NAME.fullmatch(p.name)) if home.is_dir() else []
-        served = {name: read_served(self.path, name) for name in names}
+        names = feature_names(self.path)
+        served = dict(zip(names, storage.concurrently(self.path, lambda name: read_served(self.path, name), names),
+                          strict=True))
         self.features: dict[str, Feature] = {
             name: Feature(self, name, identity) for name, identity in served.items() if identity}
         self.forget_splits()
@@ -455,10 +462,9 @@ class Store:
 
     def identities(self, name: str) -> list[str]:
         """The identities kept of a name (16 digits each), the served one included."""
-        home = self.path / "features" / name
-        if not NAME.fullmatch(name) or not home.is_dir():
+        if not NAME.fullmatch(name):
             return []
-        return sorted(p.name for p in home.iterdir() if _IDENTITY.fullmatch(p.name))
+        return [entry for entry in storage.names(self.path / "features" / name) if _IDENTITY.fullmatch(entry)]
 
     def __getitem__(self, item: tuple[str, str]) -> Row:
         if not isinstance(item, tuple) or len(item) != 2:
@@ -538,33 +544,37 @@ class Store:
         return f"<Store {self.path.name}: {count:,} utterance{'s' * (count != 1)}{people}, {length}; {names}>"
 
 
-def create(path: str | Path) -> Store:
-    """A new, empty store. Refuses an existing path."""
-    root = Path(path)
+def create(path: str | Place) -> Store:
+    """A new, empty store in a folder or under a URL. Refuses an existing path."""
+    root = storage.place(path)
     if root.exists():
         raise NotAStore(f"{root} exists already; open it with featstore.open, or choose another path")
-    if not root.parent.is_dir():
-        raise NotAStore(f"the folder {root.parent} does not exist; make it first")
-    with storage.disk_room(root):
-        root.mkdir()
+    if isinstance(root, Path):
+        if not root.parent.is_dir():
+            raise NotAStore(f"the folder {root.parent} does not exist; make it first")
+        with storage.disk_room(root):
+            root.mkdir()
     for folder in (root, root / "utterances", root / "utterances" / "segments", root / "features"):
         make_group(root, folder)
     storage.sync_folder(root.parent)
     return Store(root)
 
 
-def open(path: str | Path) -> Store:
-    """A store as it is now. NotAStore says what is there instead, or that its format is newer."""
+def open(path: str | Place) -> Store:
+    """A store as it is now, in a folder or under a URL such as s3://bucket/songs.zarr.
+
+    NotAStore says what is there instead, or that its format is newer.
+    """
     return Store(path)
 
 
-def open_or_create(path: str | Path) -> Store:
+def open_or_create(path: str | Place) -> Store:
     """The store at `path`, made if there is none: of several processes that ask at once, one makes it."""
-    root = Path(path)
+    root = storage.place(path)
     if not root.exists():
         with contextlib.suppress(NotAStore, FileExistsError):
             return create(root)
-        if not root.parent.is_dir():
+        if isinstance(root, Path) and not root.parent.is_dir():
             return create(root)  # which says so
     deadline = time.monotonic() + MAKING_S
     while _being_made(root) and time.monotonic() < deadline:
@@ -572,18 +582,19 @@ def open_or_create(path: str | Path) -> Store:
     return Store(root)
 
 
-def _being_made(root: Path) -> bool:
+def _being_made(root: Place) -> bool:
     """Whether another process may have made the folder just now, and is about to put the document into it."""
-    return root.is_dir() and all(path.name.startswith(".zarr.json.") for path in root.iterdir())
+    return isinstance(root, Path) and root.is_dir() and all(
+        path.name.startswith(".zarr.json.") for path in root.iterdir())
 
 
-def serve(root: Path, name: str, identity: str | None) -> None:
+def serve(root: Place, name: str, identity: str | None) -> None:
     """Let a name stand for an identity (None: for nothing), atomically; the last of several wins."""
     while not claim(root, name, identity, instead_of=read_served(root, name)):
         pass
 
 
-def claim(root: Path, name: str, identity: str | None, *, instead_of: str | None) -> bool:
+def claim(root: Place, name: str, identity: str | None, *, instead_of: str | None) -> bool:
     """Let a name stand for an identity if it stands for `instead_of` now; False if somebody else was first."""
     home = root / "features" / name / "served"
     taken = [int(step.name) for step in _steps(home)]
@@ -598,17 +609,19 @@ def claim(root: Path, name: str, identity: str | None, *, instead_of: str | None
     return storage.create_document(step / "zarr.json", group({"identity": identity}))
 
 
-def read_served(root: Path, name: str) -> str | None:
+def read_served(root: Place, name: str) -> str | None:
     """The identity (16 digits) a name stands for now, or None."""
     steps = _steps(root / "features" / name / "served")
     return storage.read_document(steps[-1] / "zarr.json")["attributes"]["featstore"]["identity"] if steps else None
 
 
-def _steps(home: Path) -> list[Path]:
-    return sorted(p for p in home.iterdir() if (p / "zarr.json").exists()) if home.is_dir() else []
+def _steps(home: Place) -> list[Place]:
+    """The steps of a name's history that are there. An object's step is its document: no folder is made before it."""
+    steps = [home / name for name in storage.names(home) if re.fullmatch("[0-9]{8}", name)]
+    return [step for step in steps if not isinstance(step, Path) or (step / "zarr.json").exists()]
 
 
-def mismatch(root: Path, old: Feature, spec: Spec) -> str:
+def mismatch(root: Place, old: Feature, spec: Spec) -> str:
     """The message for a name that stands for other settings: what differs, and the two ways out."""
     differs = old.spec.differs(spec)
     chosen = {field: values for field, values in differs.items() if field not in _FOLLOWS} or differs
@@ -633,7 +646,7 @@ _SEGMENT = re.compile(r"[0-9a-f]{16}-[0-9a-f]{12}")
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
 
 
-def _check_root(root: Path) -> None:
+def _check_root(root: Place) -> None:
     try:
         record = storage.read_document(root / "zarr.json")
     except FileNotFoundError:
@@ -650,11 +663,10 @@ def _check_root(root: Path) -> None:
                         "Update it: pip install --upgrade featstore")
 
 
-def feature_names(root: Path) -> list[str]:
-    home = root / "features"
-    return sorted(p.name for p in home.iterdir() if NAME.fullmatch(p.name)) if home.is_dir() else []
+def feature_names(root: Place) -> list[str]:
+    return [name for name in storage.names(root / "features") if NAME.fullmatch(name)]
 
 
-def make_group(root: Path, folder: Path) -> None:
+def make_group(root: Place, folder: Place) -> None:
     storage.make_folders(root, folder)
     storage.create_document(folder / "zarr.json", group({"format": FORMAT} if folder == root else {}))

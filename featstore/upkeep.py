@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,13 +32,13 @@ from .index import Index, drop_replaced, hash_keys, merge, write_catalogue
 from .segment import REMOVED, Segment, SegmentWriter, encoding_of, group
 from .spec import Spec
 from .splits import copy_splits
+from .storage import Place
 from .store import Collection, Feature, Row, Store, create, make_group, read_served, serve
 from .verify import (
     UTTERANCES,
     Damage,
     Examined,
     Inspection,
-    bytes_under,
     catalogues,
     check_facts,
     compare,
@@ -80,7 +79,7 @@ def repair(store: Store, inspection: Inspection, *, grace_s: float = GRACE_S) ->
         _restore_spec(store.path, damage.folder)
     broken = [damage for part in ("document", "segment", "catalogue") for damage in by_part.get(part, [])]
     for folder in {damage.folder for damage in broken}:
-        shutil.rmtree(folder / "catalogue", ignore_errors=True)  # derived from what is no longer so
+        storage.remove_tree(folder / "catalogue")  # derived from what is no longer so
     _salvage_all(store, by_part.get("segment", []))
     if any(damage.feature == UTTERANCES for damage in broken):
         _revive(store)
@@ -88,12 +87,12 @@ def repair(store: Store, inspection: Inspection, *, grace_s: float = GRACE_S) ->
     return purge(store, grace_s)
 
 
-def _restore_group(root: Path, path: Path) -> None:
+def _restore_group(root: Place, path: Place) -> None:
     path.unlink(missing_ok=True)
     make_group(root, path.parent)
 
 
-def _restore_spec(root: Path, folder: Path) -> None:
+def _restore_spec(root: Place, folder: Place) -> None:
     """Put an identity's document back from one of its segments; where none has it, release the name and drop it."""
     path = folder / "zarr.json"
     for segment in Collection(folder).segments:
@@ -104,7 +103,7 @@ def _restore_spec(root: Path, folder: Path) -> None:
                 return
     if read_served(root, folder.parent.name) == folder.name:
         serve(root, folder.parent.name, None)
-    shutil.rmtree(folder, ignore_errors=True)
+    storage.remove_tree(folder)
 
 
 def _salvage_all(store: Store, damages: Iterable[Damage]) -> None:
@@ -197,13 +196,13 @@ def purge(store: Store, grace_s: float = GRACE_S) -> int:
     return freed
 
 
-def _purge_collection(folder: Path, grace_s: float) -> int:
+def _purge_collection(folder: Place, grace_s: float) -> int:
     freed = sum(_discard(home) for home in uncommitted(folder) if _age_s(home) >= grace_s)
     removed = 0
     for segment, since in _replaced(folder):
         if since >= grace_s:
             removed += _discard(segment.folder)
-    homes = sorted((p for p in (folder / "catalogue").glob("*") if p.is_dir()), reverse=True)
+    homes = [folder / "catalogue" / name for name in reversed(storage.names(folder / "catalogue"))]
     there = {segment.id for segment in Collection(folder).segments}
     usable = [home for home, facts in catalogues(folder) if set(facts["segments"]) <= there]
     if homes and not usable and removed:
@@ -213,7 +212,7 @@ def _purge_collection(folder: Path, grace_s: float) -> int:
     return freed + removed
 
 
-def _replaced(folder: Path) -> list[tuple[Segment, float]]:
+def _replaced(folder: Place) -> list[tuple[Segment, float]]:
     """The segments that others replace, oldest first, with the seconds since they were; all but those whose going
     would bring back what they themselves replaced."""
     segments = [s for s in Collection(folder).segments if trouble(s, check_facts) is None]
@@ -227,7 +226,7 @@ def _replaced(folder: Path) -> list[tuple[Segment, float]]:
             if s.id in kept_back and set(s.facts.get("replaces", ())) & there <= kept_back]
 
 
-def _retire(folder: Path) -> int:
+def _retire(folder: Place) -> int:
     """Replace the segments none of whose rows may answer any more by an empty one. Returns their bytes on disk."""
     try:
         segments = drop_replaced(Collection(folder).segments)
@@ -240,14 +239,14 @@ def _retire(folder: Path) -> int:
         return 0  # damaged, or changed by another purge: what cannot be judged stays
     with _replacing(folder, dead):
         pass
-    return sum(bytes_under(segment.folder) for segment in dead)
+    return sum(storage.bytes_under(segment.folder) for segment in dead)
 
 
-def _unused(root: Path, folder: Path, grace_s: float) -> bool:
+def _unused(root: Place, folder: Place, grace_s: float) -> bool:
     """Whether no name stands for an identity, it has no rows, and nothing was done to it for `grace_s` seconds."""
     if read_served(root, folder.parent.name) == folder.name:
         return False
-    homes = list((folder / "segments").glob("*-*"))
+    homes = [folder / "segments" / name for name in storage.names(folder / "segments") if "-" in name]
     try:
         rows = int(merge(Collection(folder).segments).live.sum())
     except (FeatstoreError, OSError, KeyError, TypeError):
@@ -256,28 +255,31 @@ def _unused(root: Path, folder: Path, grace_s: float) -> bool:
     return rows == 0 and min(touched) >= grace_s
 
 
-def _drop_identity(folder: Path) -> int:
-    freed = sum(_discard(home) for home in sorted((folder / "segments").glob("*-*")))  # what replaces comes last
+def _drop_identity(folder: Place) -> int:
+    homes = [folder / "segments" / name for name in storage.names(folder / "segments") if "-" in name]
+    freed = sum(_discard(home) for home in homes)  # what replaces comes last
+    if not isinstance(folder, Path):
+        return freed + _discard(folder)  # its document first: objects cannot be renamed
     hidden = folder.with_name(f".{storage.new_id()}.removed")  # one step: no reader sees a part of it
     folder.rename(hidden)
     return freed + _discard(hidden)
 
 
-def _discard(path: Path) -> int:
+def _discard(path: Place) -> int:
     """Remove a file or folder, its document first; returns its bytes."""
-    freed = bytes_under(path)
+    freed = storage.bytes_under(path)
     storage.handles.forget(str(path))
     with storage.disk_room(path), contextlib.suppress(FileNotFoundError):  # another purge was first
         if path.is_dir():
             (path / "zarr.json").unlink(missing_ok=True)
             storage.sync_folder(path)
-            shutil.rmtree(path)
+            storage.remove_tree(path)
         else:
             path.unlink()
     return freed
 
 
-def _age_s(home: Path) -> float:
+def _age_s(home: Place) -> float:
     """Seconds since a folder was begun, or since something in it was written last."""
     try:
         return min(storage.age_s(home.name), _untouched_s(home))
@@ -290,16 +292,12 @@ def _committed_s(segment: Segment) -> float:
     return min(storage.age_s(segment.id), _untouched_s(segment.folder / "zarr.json"))
 
 
-def _untouched_s(path: Path, *, deep: bool = True) -> float:
+def _untouched_s(path: Place, *, deep: bool = True) -> float:
     """Seconds since a file, or anything in a folder, was written last."""
-    newest = 0.0
-    for item in (path, *(path.rglob("*") if deep and path.is_dir() else ())):
-        with contextlib.suppress(FileNotFoundError):
-            newest = max(newest, item.lstat().st_mtime)
-    return max(0.0, time.time() - newest)
+    return max(0.0, time.time() - storage.touched_s(path, deep=deep))
 
 
-def copy(src: Store, dst: Path, names: Sequence[str] | None = None, *,
+def copy(src: Store, dst: str | Place, names: Sequence[str] | None = None, *,
          progress: Callable[[int, int], None] | None = None) -> int:
     """Copy features (NAME or NAME@IDENTITY; None: all that are served) and all utterances into another store.
 
@@ -314,7 +312,7 @@ def copy(src: Store, dst: Path, names: Sequence[str] | None = None, *,
         CorruptSegment: a row does not match its checksum; damage is not copied.
         DiskFull: what is to be copied does not fit.
     """
-    dst = Path(dst)
+    dst = storage.place(dst)
     if dst.resolve() == src.path.resolve():
         raise BadRequest(f"{dst} is the store that is to be copied; give another path")
     features = chosen(src, names)
@@ -440,9 +438,9 @@ def _row_bytes(feature: Feature) -> int:
     return feature.dtype.itemsize * max(1, feature.dim)
 
 
-def _check_room(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path).free
-    if needed > free:
+def _check_room(path: Place, needed: int) -> None:
+    free = storage.free_bytes(path)
+    if free is not None and needed > free:
         raise DiskFull(f"{path} needs about {needed / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free. Nothing was "
                        "copied; free some room or name another disk.")
 
@@ -469,7 +467,7 @@ def remove(store: Store, *, feature: str | None = None, speaker: str | None = No
 def _remove_feature(store: Store, name: str) -> Removed:
     feature = store.feature(name)
     segments, rows = drop_replaced(feature.segments), len(feature)
-    size = sum(bytes_under(segment.folder) for segment in segments)
+    size = sum(storage.bytes_under(segment.folder) for segment in segments)
     if segments:
         with _replacing(feature.folder, segments):
             pass
@@ -505,7 +503,7 @@ def _features(store: Store) -> list[Feature]:
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path, segments: Sequence[Segment], encoding: Encoding | None = None) -> Iterator[SegmentWriter]:
+def _replacing(folder: Place, segments: Sequence[Segment], encoding: Encoding | None = None) -> Iterator[SegmentWriter]:
     """A new segment of a collection, committed at the end of the block, that stands for `segments` from then on.
 
     encoding: of its frames; None: as in the newest of `segments`.

@@ -20,6 +20,7 @@ from .errors import (
 from .index import Index, merge
 from .segment import Segment
 from .spec import Spec
+from .storage import Place
 from .store import Collection, Store, feature_names
 
 UTTERANCES = "utterances"
@@ -39,7 +40,7 @@ class Damage:
     utterance: str | None
     segment: str
     reason: str
-    folder: Path = field(default=Path(), repr=False, compare=False)   # of the collection
+    folder: Place = field(default=Path(), repr=False, compare=False)   # of the collection
     part: str = field(default="row", repr=False, compare=False)       # row, segment, document, spec, group, catalogue
 
 
@@ -94,7 +95,7 @@ def _examine(store: Store) -> Iterator[Examined]:
 class Examined:
     """One collection as far as it can be read; `damages` holds what cannot, but for the rows themselves."""
 
-    def __init__(self, root: Path, folder: Path, utterances: Examined | None) -> None:
+    def __init__(self, root: Place, folder: Place, utterances: Examined | None) -> None:
         self.root, self.folder, self._utterances = root, folder, utterances
         self.feature = UTTERANCES if utterances is None else f"{folder.parent.name}@{folder.name[:9]}"
         self.damages: list[Damage] = []
@@ -167,7 +168,7 @@ class Examined:
         if self._utterances is not None:
             self._check_document(self.folder / "zarr.json", "spec", read_spec)
 
-    def _check_document(self, path: Path, part: str, look: Callable[[Path], Any]) -> None:
+    def _check_document(self, path: Any, part: str, look: Callable[[Any], Any]) -> None:
         try:
             look(path)
         except (FeatstoreError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -187,12 +188,12 @@ class Examined:
                 self._compare_catalogue(home, facts, [there[name] for name in facts["segments"]])
                 return  # the newest that is of use: no older one is read
 
-    def _compare_catalogue(self, home: Path, facts: dict[str, Any], segments: list[Segment]) -> None:
+    def _compare_catalogue(self, home: Place, facts: dict[str, Any], segments: list[Segment]) -> None:
         if any(trouble(segment, read_index) is not None for segment in segments):
             return  # the segment itself is at fault
         truth = merge(segments)
         for name, leaf, wanted in (("hashes", "c/0", truth.hashes), ("records", "c/0/0", truth.records)):
-            path = home / name / leaf
+            path: Any = home / name / leaf
             found = path.read_bytes() if path.exists() else b""
             if found != wanted.tobytes():
                 self.damages.append(self.damage(None, path.relative_to(self.root).as_posix(),
@@ -207,7 +208,7 @@ class Examined:
         return (at >= 0) & (index.records["source"][at] == records["source"]).all(axis=1)
 
 
-def read_spec(path: Path) -> Spec:
+def read_spec(path: Place) -> Spec:
     """The spec in an identity's document. CorruptSegment if it is not that of the folder."""
     spec = Spec.from_json(storage.read_document(path)["attributes"]["featstore"]["spec"])
     if spec.identity[:16] != path.parent.name:
@@ -259,35 +260,29 @@ def compare(segment: Segment, record: np.void) -> None:
 def _count_folders(part: Examined, found: Inspection) -> None:
     for home in uncommitted(part.folder):
         found.uncommitted += 1
-        found.uncommitted_bytes += bytes_under(home)
+        found.uncommitted_bytes += storage.bytes_under(home)
     for name in part.replaced:
         found.replaced += 1
-        found.replaced_bytes += bytes_under(part.folder / "segments" / name)
+        found.replaced_bytes += storage.bytes_under(part.folder / "segments" / name)
 
 
-def uncommitted(folder: Path) -> list[Path]:
-    return sorted(p for p in (folder / "segments").glob("*-*") if p.is_dir() and not (p / "zarr.json").exists())
+def uncommitted(folder: Place) -> list[Place]:
+    home = folder / "segments"
+    homes: list[Any] = [home / name for name in storage.names(home) if "-" in name]
+    there = storage.concurrently(folder, lambda path: (path / "zarr.json").is_file() or not path.is_dir(), homes)
+    return [path for path, committed in zip(homes, there, strict=True) if not committed]
 
 
-def catalogues(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def catalogues(folder: Place) -> Iterator[tuple[Place, dict[str, Any]]]:
     """The catalogues whose document can be read, newest first."""
-    for home in sorted((folder / "catalogue").glob("*"), reverse=True):
+    for home in (folder / "catalogue" / name for name in reversed(storage.names(folder / "catalogue"))):
         with contextlib.suppress(FeatstoreError, OSError, KeyError, TypeError):
             facts = storage.read_document(home / "zarr.json")["attributes"]["featstore"]
             if isinstance(facts["segments"], list):
                 yield home, facts
 
 
-def bytes_under(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    total = 0
-    for item in (path, *path.rglob("*")):
-        with contextlib.suppress(FileNotFoundError):
-            total += item.lstat().st_size if not item.is_dir() else 0
-    return total
-
-
-def identities(store: Store) -> list[Path]:
+def identities(store: Store) -> list[Place]:
     """The folders of all identities that are kept."""
     return [store.path / "features" / name / identity
             for name in feature_names(store.path) for identity in store.identities(name)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +16,7 @@ from .errors import BadRequest, DiskFull, IdentityMismatch, LengthMismatch, Miss
 from .index import Index, merge, read_catalogue, write_catalogue
 from .segment import NO_SOURCE, Segment, SegmentWriter, encoding_of, group
 from .spec import NAME, Spec, canonical
+from .storage import Place
 from .store import Collection, Feature, Store, claim, feature_names, make_group, mismatch, read_served, serve
 
 COMMIT_BYTES = 256 << 20
@@ -30,7 +30,7 @@ KEY_BYTES = 500
 class _Target:
     """One collection a writer adds to: its open segment, its own committed ones, the generations it has given."""
 
-    def __init__(self, folder: Path, dtype: str, dim: int, index: Index, facts: dict[str, Any],
+    def __init__(self, folder: Place, dtype: str, dim: int, index: Index, facts: dict[str, Any],
                  encoding: Encoding = RAW) -> None:
         self.folder, self.dtype, self.dim, self.index, self.facts = folder, dtype, dim, index, facts
         self.encoding = encoding
@@ -115,7 +115,7 @@ class Writer:
         self.snapshot = Store(store.path)
         self._utterances = _Target(store.path / "utterances", "uint8", 0, self.snapshot.utterances.index, {})
         self._features: dict[str, _Target] = {}            # what each declared name is bound to
-        self._identities: dict[Path, _Target] = {}         # by folder: bound, or had before, or only deleted from
+        self._identities: dict[Place, _Target] = {}        # by folder: bound, or had before, or only deleted from
         self._specs: dict[str, tuple[Spec, bool, str | None]] = {}
         self._known: dict[str, tuple[bytes, float]] = {}   # utterances of this writer: source digest, seconds
         self._moves: dict[str, str] = {}
@@ -303,7 +303,7 @@ def _check_key(key: str) -> None:
         raise BadRequest(f"key {key[:40]!r} has {size} bytes, expected 1 to {KEY_BYTES}")
 
 
-def _make_identity(root: Path, name: str, spec: Spec) -> None:
+def _make_identity(root: Place, name: str, spec: Spec) -> None:
     folder = root / "features" / name / spec.identity[:16]
     make_group(root, folder.parent)
     storage.make_folders(root, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,10 +356,7 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
 
 def test_a_disk_too_small_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, store = fs.corpus(make_corpus(tmp_path / "wavs")), fs.create(tmp_path / "s.zarr")
-    from featstore import plan as plan_function
-
-    module = sys.modules[plan_function.__module__]
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: _Usage(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(free=1000))
     with pytest.raises(fs.errors.DiskFull, match="Nothing was written"):
         fs.extract(corpus, store, {"mean": Mean()}, workers=0)
     assert len(fs.open(store.path).utterances) == 0

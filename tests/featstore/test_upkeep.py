@@ -370,7 +370,7 @@ def test_a_purge_killed_at_any_removal_leaves_the_same_contents(store, monkeypat
             raise KeyboardInterrupt
         rmtree(path, *args, **kwargs)
 
-    monkeypatch.setattr(upkeep.shutil, "rmtree", killed)
+    monkeypatch.setattr(shutil, "rmtree", killed)
     for steps in range(100):
         left[0] = steps % 3
         try:
