@@ -1,1 +1,62 @@
-"""Acoustic models and vocoders that consume a store, one package each. torch lives here."""
+"""Acoustic models and vocoders that consume a store, one package each. torch lives here; importing this loads none."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from importlib import metadata
+from types import ModuleType
+
+__all__ = ["TABLE", "find"]
+
+GROUP = "featstore.zoo"  # entry points of third parties: name = "module"
+PARTS = ("KIND", "Config", "Model", "losses")
+KINDS = ("acoustic", "vocoder")
+
+TABLE: dict[str, str] = {
+    "hifigan": "featstore_zoo.hifigan",
+    "nsf_hifigan": "featstore_zoo.nsf_hifigan",
+}
+
+
+def find(name: str) -> ModuleType:
+    """The package of a model: a name in `TABLE`, an installed entry point, or, with a dot in it, an import path.
+
+    The package has `KIND` ("acoustic" or "vocoder"), `Config`, `Model(config)` and `losses(model, batch, generator)`;
+    one that is trained against discriminators has `Adversary(config)` too.
+
+    Raises:
+        ValueError: if there is no such model, or the package lacks one of its parts.
+        ImportError: if torch is not installed.
+    """
+    wanted = name if "." in name else name.replace("-", "_")
+    others = {point.name: point.value for point in metadata.entry_points(group=GROUP)}
+    path = wanted if "." in wanted else TABLE.get(wanted) or others.get(wanted) or others.get(name)
+    if path is None:
+        known = [*TABLE, *others]
+        near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+        rest = [other for other in known if other not in near]
+        raise ValueError(f"no model {name!r}; there are {', '.join(near + rest)}. "
+                         "Your own is asked for by its import path: my_models.my_vocoder")
+    return _checked(_imported(path), path)
+
+
+def _imported(path: str) -> ModuleType:
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            raise ImportError("models need torch: pip install 'featstore[zoo]'") from error
+        if error.name and (path == error.name or path.startswith(f"{error.name}.")):
+            raise ValueError(f"no module {error.name!r} can be imported from here (asked for {path}); install it or "
+                             "name its folder in PYTHONPATH") from None
+        raise
+
+
+def _checked(package: ModuleType, path: str) -> ModuleType:
+    missing = [part for part in PARTS if not hasattr(package, part)]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}: the package of a model has {', '.join(PARTS)}")
+    if package.KIND not in KINDS:
+        raise ValueError(f"{path}: KIND is {package.KIND!r}, expected one of {', '.join(KINDS)}")
+    return package
