@@ -6,6 +6,7 @@
 """
 
 from . import errors
+from .batches import Batches, crops, whole
 from .corpus import Corpus, Problem, Utterance, corpus
 from .extract import Progress, Report, extract, failures
 from .plan import Failure, FeaturePlan, Plan, plan, source_now
@@ -17,6 +18,7 @@ from .view import View
 from .writer import Writer
 
 __version__ = "0.1.0"
-__all__ = ["Corpus", "Extractor", "Failure", "Feature", "FeaturePlan", "Plan", "Problem", "Progress", "Report", "Row",
-           "Spec", "Split", "Store", "StoredUtterance", "Utterance", "View", "Why", "Writer", "corpus", "create",
-           "errors", "extract", "failures", "open", "plan", "shard", "source_now", "split"]
+__all__ = ["Batches", "Corpus", "Extractor", "Failure", "Feature", "FeaturePlan", "Plan", "Problem", "Progress",
+           "Report", "Row", "Spec", "Split", "Store", "StoredUtterance", "Utterance", "View", "Why", "Writer", "corpus",
+           "create", "crops", "errors", "extract", "failures", "open", "plan", "shard", "source_now", "split",
+           "whole"]

@@ -77,6 +77,10 @@ class ConditionalPutIgnored(UserWarning):
     """An object store ignores If-None-Match: two writers may both be told that they were first to name a feature."""
 
 
+class PositionMismatch(FeatstoreError, ValueError):
+    """A position in a sequence of batches was saved with other data or other settings."""
+
+
 class DiskFull(FeatstoreError, OSError):
     """The disk does not have, or did not have, the room that is needed."""
 

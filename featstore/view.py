@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,6 +87,11 @@ class _Member:
         old["segment"] += len(index.segments)
         return replace(self, segments=[*index.segments, *self.segments], records=np.concatenate([index.records, old]),
                        at=np.where(same, at, len(index.records) + np.arange(len(at))))
+
+    def contents(self) -> bytes:
+        """What tells the rows of all the view's utterances from others."""
+        records = self.records[self.at]
+        return b"".join(records[name].tobytes() for name in ("length", "checksum", "scale", "source"))
 
     def part(self, crops: _Crops, out: np.ndarray) -> _Part:
         """What a batch reads of this feature."""
@@ -207,12 +213,34 @@ class View(Mapping[str, Batch]):
 
         out: arrays of an earlier batch of that size, to be written over.
         """
-        found = self._room(len(items), frames) if out is None else self._checked(out, len(items), frames)
+        found = self.room(len(items), frames) if out is None else self._checked(out, len(items), frames)
         crops = self._crops(items, frames)
         found[LENGTHS][:] = crops.frames
         if items:
             self._fill(crops, found)
         return found
+
+    def room(self, rows: int, frames: int) -> Batch:
+        """Arrays for a batch of that size, not filled: what `read_batch` takes as `out`."""
+        return {member.name: member.empty(rows, frames) for member in self._members} | {
+            LENGTHS: np.empty(rows, np.int64)}
+
+    @property
+    def store(self) -> Store:
+        return self._store
+
+    @property
+    def snapshot(self) -> dict[str, str]:
+        """What the view serves, in short texts; where they are equal, so is every number, in this store or a copy.
+
+        "the grid", "the utterances" (how many, and a digest of keys and lengths), and by name of each feature its
+        identity and a digest of the rows.
+        """
+        keys = hash_keys(self._keys).tobytes() + self.lengths.tobytes()
+        found = {"the grid": f"{self.rate} Hz by {self.timing}, frame 0 at {self.centre_s} s",
+                 "the utterances": f"{len(self._keys)} ({_short(keys)})"}
+        return found | {member.name: f"{member.feature.short}, rows {_short(member.contents())}"
+                        for member in self._members}
 
     def taps(self, utterance: str, name: str, frame: int) -> list[tuple[int, Fraction]]:
         """The stored frames that a frame of the view is made of, and their exact weights; the samples that it spans."""
@@ -334,12 +362,8 @@ class View(Mapping[str, Batch]):
             raise MissingFeature(f"{self._keys[int(np.argmax(at < 0))]} has no {like}, whose frames the view takes")
         return grid.index.records["length"][at].astype(np.int64)
 
-    def _room(self, rows: int, frames: int) -> Batch:
-        return {member.name: member.empty(rows, frames) for member in self._members} | {
-            LENGTHS: np.empty(rows, np.int64)}
-
     def _checked(self, out: Batch, rows: int, frames: int) -> Batch:
-        for name, array in self._room(rows, frames).items():
+        for name, array in self.room(rows, frames).items():
             given = out.get(name)
             if (given is None or given.shape != array.shape or given.dtype != array.dtype
                     or not given.flags.c_contiguous):
@@ -347,6 +371,10 @@ class View(Mapping[str, Batch]):
                 gaps = " with gaps" if given is not None and not given.flags.c_contiguous else ""
                 raise ValueError(f"out[{name!r}] is {told}{gaps}; expected {array.dtype} {array.shape}, contiguous")
         return out
+
+
+def _short(data: bytes) -> str:
+    return sha256(data).hexdigest()[:12]
 
 
 def _grid(feature: Feature | None, like: str | None, rate: Exact | None) -> tuple[Fraction, Fraction]:
