@@ -234,8 +234,8 @@ def mixed(x: np.ndarray, grids: Conversion, shift: np.ndarray, start: np.ndarray
           source_length: np.ndarray, out: np.ndarray, *, load: bool) -> bool:
     """Whether compiled code wrote the frames of several crops into `out`, contiguous: see `compiled._mix`.
 
-    It does where numba is installed, for what is summed in float32. load: import it if nobody has: a second that a batch
-    is worth, and a single crop is not.
+    It does where numba is installed, for what is summed in float32. load: import it if nobody has: a second that a
+    batch is worth, and a single crop is not.
     """
     if x.dtype not in (np.float16, np.float32) or grids.taps_bound > FEW_TAPS or grids.too_fine:
         return False

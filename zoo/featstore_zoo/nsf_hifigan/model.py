@@ -33,7 +33,8 @@ class Config(GanConfig):
     upsample_kernels: of the transposed convolutions; kernel - rate is even.
     channels: before the first step up; each step halves them.
     block_kernels, block_dilations: of the parallel residual blocks behind each step.
-    harmonics: sines above the one at f0. Those above half the sample rate are left out (published sources let them alias).
+    harmonics: sines above the one at f0. Those above half the sample rate are left out (published sources let them
+        alias).
     sine_amplitude, noise_std: of each sine and of the noise on it; unvoiced frames are noise of sine_amplitude / 3.
     amphion_defect: makes Amphion's output from Amphion's weights. Its code overwrites the source with the signal, which
         is thereby doubled in every stage: f0 is not heard, and the source learns nothing. Only for old weights.
