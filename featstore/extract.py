@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -157,6 +157,30 @@ def remember(store: Store, before: list[Failure], now: list[Failure]) -> None:
         storage.append(_failures_path(store), "".join(lines).encode())
 
 
+def forget(store: Store, utterances: Collection[str], speaker: str | None = None) -> int:
+    """Take what `<store>.failures.jsonl` tells of some utterances, or of a speaker, out of it. Returns the lines.
+
+    Where a line does not say whose recording it is (a file that is none), it goes if it has the speaker's name in it.
+    """
+    path = _failures_path(store)
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if not _tells_of(line.decode("utf-8", "replace"), utterances, speaker)]
+    if len(kept) < len(lines):
+        storage.put(path, b"".join(kept))
+    return len(lines) - len(kept)
+
+
+def _tells_of(line: str, utterances: Collection[str], speaker: str | None) -> bool:
+    try:
+        record = dict(json.loads(line))
+    except (ValueError, TypeError):  # the end of a killed run
+        return speaker is None or json.dumps(speaker)[1:-1] in line
+    known = record.get("speaker")
+    if known is not None or speaker is None:
+        return record.get("utterance") in utterances or (speaker is not None and known == speaker)
+    return record.get("utterance") in utterances or any(speaker in str(value) for value in record.values())
+
+
 class _Tally:
     """What part of an utterance each round does. `done`: utterances, with those of which some rounds are done."""
 
@@ -255,12 +279,15 @@ class _Run:
                 if item.todo or item.moves:
                     writer.declare(item.name, item.spec, replace=self._replace)
 
+    def _fail(self, key: str, feature: str | None, path: str, reason: str) -> None:
+        self.report.failures.append(Failure(key, feature, path, reason, self.utterances[key].speaker))
+
     def _keep(self, writer: Writer, made: Made) -> None:
         """Write what a worker made; count it."""
         self._declare(writer)
         key = made.task.key
         for name, reason in made.failures.items():
-            self.report.failures.append(Failure(key, name, made.task.path, reason))
+            self._fail(key, name, made.task.path, reason)
         first, share, last = self.tally.count(key, failed=None in made.failures)
         self.report.done += last
         if None in made.failures:
@@ -278,7 +305,7 @@ class _Run:
                 raise
             except (FeatstoreError, ValueError) as error:
                 reason = str(error).removeprefix(f"{key}: ")
-                self.report.failures.append(Failure(key, name, made.task.path, reason))
+                self._fail(key, name, made.task.path, reason)
             finally:
                 frames.drop()
         self.report.audio_s += seconds * share

@@ -85,9 +85,12 @@ class Index:
         return self.segments[int(record["segment"])].key(record)
 
     def live_keys(self) -> Iterator[str]:
-        """The keys that have a live row, in the order of their hashes."""
-        for record in self.records[self.live]:
-            yield self.key(record)
+        """The keys that have a live row, in the order of their hashes. FileNotFoundError if a segment is gone, at once:
+        not after some of the keys."""
+        live = self.records[self.live]
+        for number in np.unique(live["segment"]).tolist():
+            self.segments[number].key_blob  # noqa: B018  (read now)
+        return (self.key(record) for record in live)
 
     def _scan(self, at: int, first: int, second: int) -> int:
         while at < len(self.hashes) and self.hashes.item(at) == first:
@@ -132,7 +135,7 @@ def merge(segments: Sequence[Segment], base: Index | None = None) -> Index:
     return Index(segments, np.ascontiguousarray(records["hash"]), records)
 
 
-def _grouped(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def key_order(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The records by hash, key, generation, time and segment, and a number for each one's key, counted from 0."""
     order = ("segment", "written", "generation", "tag", "hash")
     records = records[np.lexsort([records[name] for name in order])]
@@ -145,7 +148,7 @@ def _candidates(records: np.ndarray) -> np.ndarray:
 
     Latest: of the highest generation; among equal ones the one whose segment was begun last.
     """
-    records, key = _grouped(records)
+    records, key = key_order(records)
     if not len(records) or key[-1] == len(records) - 1:
         return records
     newest = np.zeros(key[-1] + 1, np.uint64)
@@ -164,7 +167,7 @@ def _candidates(records: np.ndarray) -> np.ndarray:
 
 def _winners(records: np.ndarray, current: CURRENT | None) -> np.ndarray:
     """One of the candidates for each key: one made from its utterance's current audio, else the latest."""
-    records, key = _grouped(records)
+    records, key = key_order(records)
     several = np.bincount(key)[key] > 1
     matching = np.zeros(len(records), bool)
     if current is not None and several.any():

@@ -31,12 +31,16 @@ UTTERANCE_BYTES = 700  # metadata and index of one utterance, about
 
 @dataclass(frozen=True)
 class Failure:
-    """What could not be done: of a feature, or (feature None) of the recording as a whole, and why."""
+    """What could not be done: of a feature, or (feature None) of the recording as a whole, and why.
+
+    speaker: whose recording it is, so that what is remembered of it can be forgotten with the speaker.
+    """
 
     utterance: str
     feature: str | None
     path: str
     reason: str
+    speaker: str | None = None
 
 
 @dataclass

@@ -93,10 +93,15 @@ def sync_tree(folder: Place) -> None:
 
 def put_document(path: Place, record: dict[str, Any]) -> None:
     """Put a JSON document in place in one step, durably: a reader sees all of it or what was there before."""
+    put(path, _json(record))
+
+
+def put(path: Place, data: bytes) -> None:
+    """`put_document` for any bytes."""
     if isinstance(path, ObjectPath):
-        path.put(_json(record))
+        path.put(data)
         return
-    with _staged(path, record) as staged:
+    with _staged(path, data) as staged:
         staged.replace(path)
     sync_folder(path.parent)
 
@@ -116,7 +121,7 @@ def create_document(path: Place, record: dict[str, Any]) -> bool:
         return path.create(_json(record))
     if path.exists():
         return False
-    with _staged(path, record) as staged:
+    with _staged(path, _json(record)) as staged:
         try:
             os.link(staged, path)  # fails where the name is taken: no race between two writers
         except FileExistsError:
@@ -249,10 +254,10 @@ def disk_room(path: Place) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _staged(path: Path, record: dict[str, Any]) -> Iterator[Path]:
+def _staged(path: Path, data: bytes) -> Iterator[Path]:
     staged = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
-        write_synced(staged, _json(record))
+        write_synced(staged, data)
         yield staged
     finally:
         staged.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from .errors import (
     nearest,
 )
 from .index import Index, drop_replaced, read_catalogue
-from .segment import Segment, group, read_rows
+from .segment import BLOCK_BYTES, Segment, group, read_rows
 from .spec import NAME, Spec
 from .storage import Place
 
@@ -133,7 +133,7 @@ class Row:
 
     def read(self, *, check: bool = False) -> np.ndarray:
         """The whole array. With `check`, its checksum too: CorruptSegment names the utterance if it does not match."""
-        if check and self._segment.checksum(self._record) != int(self._record["checksum"]):
+        if check and self._checksum() != int(self._record["checksum"]):
             raise CorruptSegment(f"{self.utterance}: {self.feature.name} does not match its checksum: its bytes in "
                                  f"{self._segment.folder} changed after they were written. "
                                  "featstore verify STORE --repair gives it up; extract makes it again.")
@@ -146,7 +146,9 @@ class Row:
 
     def blocks(self, frames: int | None = None) -> Iterator[np.ndarray]:
         """The frames in pieces of at most `frames` (None: of about 8 MiB), for what does not fit in memory."""
-        return self._segment.blocks(self._record, frames)
+        frames = frames or max(1, BLOCK_BYTES // (self.dtype.itemsize * max(1, self.feature.dim)))
+        length = int(self._record["length"])
+        return (self._frames(start, min(start + frames, length)) for start in range(0, length, frames))
 
     def __len__(self) -> int:
         return self.shape[0] if self.shape else 1
@@ -173,6 +175,13 @@ class Row:
     def fill(self, start: int, out: np.ndarray) -> None:
         """Read frames `[start, start + len(out))` into a contiguous array of the stored type."""
         read([(self, start, out)])
+
+    def _checksum(self) -> int:
+        try:
+            return self._segment.checksum(self._record)
+        except FileNotFoundError:
+            self.look_again()
+            return self._segment.checksum(self._record)
 
     def place(self, start: int) -> tuple[Segment, int]:
         """The segment that has frame `start`, and where among its rows."""
@@ -291,7 +300,10 @@ class Feature(Mapping[str, "Row"]):
         return isinstance(key, str) and self.index.find(key) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return self.index.live_keys()
+        try:
+            return self.index.live_keys()
+        except FileNotFoundError:
+            return self._list_again().live_keys()
 
     def __getitem__(self, key: str) -> Row:
         index = self.index
@@ -307,13 +319,17 @@ class Feature(Mapping[str, "Row"]):
         of the rows of a batch only the first one that is missed costs an index.
         """
         if any(segment is gone for segment in self.index.segments):
-            self._collection = Collection(self._collection.folder)
-            self.__dict__.pop("index", None)
+            self._list_again()
         index = self.index
         record = index.find(key)
         if record is None:
             raise MissingFeature(f"{key}: {self.name} was removed since the store was opened; open it again")
         return Row(self, key, record, index.segments)
+
+    def _list_again(self) -> Index:
+        self._collection = Collection(self._collection.folder)
+        self.__dict__.pop("index", None)
+        return self.index
 
     def _missing(self, key: str) -> str:
         utterances = self._store.utterances
@@ -343,7 +359,10 @@ class Utterances(Mapping[str, StoredUtterance]):
 
     @cached_property
     def _keys(self) -> list[str]:
-        return sorted(self.index.live_keys())
+        try:
+            return sorted(self.index.live_keys())
+        except FileNotFoundError:
+            return sorted(self._look_again().live_keys())
 
     def __len__(self) -> int:
         return len(self.index)
@@ -377,6 +396,13 @@ class Utterances(Mapping[str, StoredUtterance]):
 
     def speakers(self) -> set[str]:
         """The names of all speakers. Reads the records in one go, so that a repr stays quick for many utterances."""
+        try:
+            return self._speakers()
+        except FileNotFoundError:
+            self._look_again()
+            return self._speakers()
+
+    def _speakers(self) -> set[str]:
         return {facts["speaker"] for facts, _ in self._facts() if facts.get("speaker") is not None}
 
     def read_all(self) -> Iterator[StoredUtterance]:

@@ -7,11 +7,13 @@ a grace period, a day unless another is given.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -28,6 +30,7 @@ from .errors import (
     NotAStore,
     nearest,
 )
+from .extract import forget
 from .index import Index, drop_replaced, hash_keys, merge, write_catalogue
 from .segment import REMOVED, Segment, SegmentWriter, encoding_of, group
 from .spec import Spec
@@ -55,10 +58,12 @@ GRACE_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Removed:
-    """Rows that `remove` took out of the store, and the bytes on disk that a later `purge` will free."""
+    """Rows that `remove` took out of the store, the bytes on disk that a later `purge` will free, and the lines of
+    `<store>.failures.jsonl` that told of what was removed."""
 
     rows: int
     bytes: int
+    failures: int = 0
 
 
 def repair(store: Store, inspection: Inspection, *, grace_s: float = GRACE_S) -> int:
@@ -118,7 +123,7 @@ def _salvage_all(store: Store, damages: Iterable[Damage]) -> None:
 def _salvage(part: Examined, segment: Segment) -> None:
     """Replace a segment by one with those of its rows that can be read, tombstones and generations included."""
     records: Iterable[np.void] = segment.records if trouble(segment, read_index) is None else ()
-    with _replacing(part.folder, [segment]) as saved:
+    with replacing(part.folder, [segment]) as saved:
         for record in records:
             key = part.name_in(segment, record)
             if key is None:
@@ -187,7 +192,7 @@ def purge(store: Store, grace_s: float = GRACE_S) -> int:
     freed = 0
     for folder in [store.path / UTTERANCES, *identities(store)]:
         _retire(folder)
-        freed += _purge_collection(folder, grace_s)
+        freed += purge_collection(folder, grace_s)
         if folder.name != UTTERANCES and _unused(store.path, folder, grace_s):
             freed += _drop_identity(folder)
     leftovers = [*store.path.glob("features/*/.*.removed"), *store.path.glob("spool/*")]
@@ -196,7 +201,8 @@ def purge(store: Store, grace_s: float = GRACE_S) -> int:
     return freed
 
 
-def _purge_collection(folder: Place, grace_s: float) -> int:
+def purge_collection(folder: Place, grace_s: float) -> int:
+    """`purge` of the utterances or of one identity: segments and catalogues. Returns the bytes freed."""
     freed = sum(_discard(home) for home in uncommitted(folder) if _age_s(home) >= grace_s)
     removed = 0
     for segment, since in _replaced(folder):
@@ -219,7 +225,7 @@ def _replaced(folder: Place) -> list[tuple[Segment, float]]:
     since: dict[str, float] = {}
     for segment in segments:
         for name in segment.facts.get("replaces", ()):
-            since[name] = max(since.get(name, 0.0), _committed_s(segment))
+            since[name] = max(since.get(name, 0.0), committed_s(segment))
     there = {segment.id for segment in segments}
     kept_back = {name for s in drop_replaced(segments) for name in s.facts.get("replaces", ())}
     return [(s, since[s.id]) for s in segments
@@ -237,7 +243,7 @@ def _retire(folder: Place) -> int:
             return 0
     except (FeatstoreError, OSError, KeyError, TypeError):
         return 0  # damaged, or changed by another purge: what cannot be judged stays
-    with _replacing(folder, dead):
+    with replacing(folder, dead):
         pass
     return sum(storage.bytes_under(segment.folder) for segment in dead)
 
@@ -287,7 +293,7 @@ def _age_s(home: Place) -> float:
         return _untouched_s(home)  # not named by us
 
 
-def _committed_s(segment: Segment) -> float:
+def committed_s(segment: Segment) -> float:
     """Seconds since a segment was committed."""
     return min(storage.age_s(segment.id), _untouched_s(segment.folder / "zarr.json"))
 
@@ -450,7 +456,8 @@ def remove(store: Store, *, feature: str | None = None, speaker: str | None = No
     """Take a feature (NAME or NAME@IDENTITY), all of a speaker, or some utterances out of the store.
 
     Readers see it at once; the bytes stay until `purge` finds them old enough. Where a segment also holds rows of
-    others, its bytes stay as long as they do. Exactly one of the three is given.
+    others, its bytes stay until `compact` with `purge` writes it anew. What is remembered of recordings that failed is
+    forgotten at once. Exactly one of the three is given.
 
     Raises:
         MissingFeature, MissingUtterance: there is none of that name, with the nearest that there are.
@@ -458,8 +465,16 @@ def remove(store: Store, *, feature: str | None = None, speaker: str | None = No
     if sum((feature is not None, speaker is not None, bool(utterances))) != 1:
         raise BadRequest("say what to remove: a feature, a speaker or utterances, one of the three")
     store.refresh()
-    removed = _remove_feature(store, feature) if feature is not None else _remove_utterances(
-        store, _of_speaker(store, speaker) if speaker is not None else list(dict.fromkeys(utterances)))
+    if feature is not None:
+        removed = _remove_feature(store, feature)
+    else:
+        keys = list(dict.fromkeys(utterances)) if speaker is None else _of_speaker(store, speaker)
+        removed = _remove_utterances(store, keys)
+        failures = forget(store, keys, speaker)
+        removed = dataclasses.replace(removed, failures=failures)
+        if not keys and not failures:
+            raise MissingUtterance(f"{store.path} has no speaker {speaker!r} "
+                                   f"({nearest(str(speaker), sorted(store.utterances.speakers()))})")
     store.refresh()
     return removed
 
@@ -469,7 +484,7 @@ def _remove_feature(store: Store, name: str) -> Removed:
     segments, rows = drop_replaced(feature.segments), len(feature)
     size = sum(storage.bytes_under(segment.folder) for segment in segments)
     if segments:
-        with _replacing(feature.folder, segments):
+        with replacing(feature.folder, segments):
             pass
     if read_served(store.path, feature.name) == feature.short:
         serve(store.path, feature.name, None)  # after the rows: a kill in between leaves a name that can be removed
@@ -481,6 +496,8 @@ def _remove_utterances(store: Store, keys: list[str]) -> Removed:
         if key not in store.utterances:
             raise MissingUtterance(f"{store.path} has no utterance {key!r} ({nearest(key, store.utterances)}). "
                                    "Nothing was removed.")
+    if not keys:
+        return Removed(0, 0)
     hashes = hash_keys(keys)
     indexes = [store.utterances.index, *(feature.index for feature in _features(store))]
     rows = sum(int((index.positions(hashes) >= 0).sum()) for index in indexes)
@@ -491,11 +508,7 @@ def _remove_utterances(store: Store, keys: list[str]) -> Removed:
 
 
 def _of_speaker(store: Store, speaker: str) -> list[str]:
-    keys = [key for key, utterance in store.utterances.items() if utterance.speaker == speaker]
-    if not keys:
-        raise MissingUtterance(f"{store.path} has no speaker {speaker!r} "
-                               f"({nearest(speaker, sorted(store.utterances.speakers()))})")
-    return keys
+    return [key for key, utterance in store.utterances.items() if utterance.speaker == speaker]
 
 
 def _features(store: Store) -> list[Feature]:
@@ -503,8 +516,24 @@ def _features(store: Store) -> list[Feature]:
 
 
 @contextlib.contextmanager
-def _replacing(folder: Place, segments: Sequence[Segment], encoding: Encoding | None = None) -> Iterator[SegmentWriter]:
+def replacing(folder: Place, segments: Sequence[Segment], encoding: Encoding | None = None) -> Iterator[SegmentWriter]:
     """A new segment of a collection, committed at the end of the block, that stands for `segments` from then on.
+
+    encoding: of its frames; None: as in the newest of `segments`.
+    """
+    writer, facts = new_segment(folder, segments, encoding)
+    names = [name for segment in segments for name in (segment.id, *segment.facts.get("replaces", ()))]
+    try:
+        yield writer
+        writer.commit(facts | {"replaces": list(dict.fromkeys(names)), "provenance": {}})
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def new_segment(folder: Place, segments: Sequence[Segment],
+                encoding: Encoding | None = None) -> tuple[SegmentWriter, dict[str, Any]]:
+    """A new segment of a collection, nothing of which can be seen yet, and what its document says in any case.
 
     encoding: of its frames; None: as in the newest of `segments`.
     """
@@ -515,11 +544,4 @@ def _replacing(folder: Place, segments: Sequence[Segment], encoding: Encoding | 
             raise NotAStore(f"{folder}/zarr.json has a spec without dtype: it is damaged")
         facts, dtype, dim = {"feature": folder.parent.name, "spec": spec.to_json()}, spec.dtype, spec.dim or 0
     encoding = encoding or encoding_of(segments, np.dtype(dtype))
-    writer = SegmentWriter(folder / "segments" / storage.new_id(), dtype, dim, encoding)
-    names = [name for segment in segments for name in (segment.id, *segment.facts.get("replaces", ()))]
-    try:
-        yield writer
-        writer.commit(facts | {"replaces": list(dict.fromkeys(names)), "provenance": {}})
-    except BaseException:
-        writer.discard()
-        raise
+    return SegmentWriter(folder / "segments" / storage.new_id(), dtype, dim, encoding), facts

@@ -1,4 +1,5 @@
-"""Commands about corpora and stores: scan extract status why use info ls plot split verify rm copy export import."""
+"""Commands about corpora and stores: scan extract status why use info ls plot split verify rm compact copy export
+import."""
 
 from __future__ import annotations
 
@@ -386,7 +387,9 @@ def verify(store: Path, repair: bool, grace_h: float, as_json: bool) -> None:
 @click.option("--speaker", help="Every utterance of this speaker, with all features.")
 @click.option("--utterance", "utterances", multiple=True, help="An utterance, with all features; again for more.")
 def rm(store: Path, feature: str | None, speaker: str | None, utterances: tuple[str, ...]) -> None:
-    """Remove a feature, a speaker or utterances. The space is freed by `verify --repair`, a day later.
+    """Remove a feature, a speaker or utterances. The space is freed by `compact --purge`, a day later.
+
+    For good, once nothing else uses the store (consent withdrawn): featstore compact STORE --purge --grace 0
 
     \b
     Example: featstore rm songs.zarr -f whisper@3f2a91
@@ -396,12 +399,49 @@ def rm(store: Path, feature: str | None, speaker: str | None, utterances: tuple[
     from featstore import upkeep
 
     removed = upkeep.remove(open_store(store), feature=feature, speaker=speaker, utterances=utterances)
-    display.say(f"{removed.rows:,} rows removed.")
-    if removed.bytes:
-        display.say(f"{display.size(removed.bytes)} will be freed by: featstore verify {store} --repair "
-                    f"(what is younger than {GRACE_H:g} h stays; --grace 0 frees it now)")
+    failed = f" {removed.failures:,} failures forgotten." if removed.failures else ""
+    display.say(f"{removed.rows:,} rows removed.{failed}")
+    display.say(f"Their bytes are freed by: featstore compact {store} --purge (what is younger than {GRACE_H:g} h "
+                "stays; --grace 0 frees it now, if nothing else uses the store)")
+
+
+@cli.command()
+@STORE
+@click.option("--purge", is_flag=True, help="Leave nothing of what cannot answer any more; remove what was replaced.")
+@click.option("--grace", "grace_h", type=click.FloatRange(0), default=GRACE_H, show_default=True, metavar="HOURS",
+              help="What --purge leaves alone if it is younger. 0 leaves no byte of what was removed, and breaks "
+                   "readers and writers at work: stop them first.")
+@json_option
+def compact(store: Path, purge: bool, grace_h: float, as_json: bool) -> None:
+    """Merge the many small segments of a store into few. Readers and writers may be at work.
+
+    What is interrupted goes on with the same command. Exit status 1 if something damaged was left as it is.
+
+    \b
+    Example: featstore compact songs.zarr --purge
+    """
+    from featstore.compact import compact as compact_store
+
+    if not purge and grace_h != GRACE_H:
+        raise click.UsageError("--grace says what --purge leaves alone; give --purge as well")
+    done = compact_store(open_store(store), purge=purge, grace_s=grace_h * 3600,
+                         progress=display.bytes_progress("compact"))
+    if as_json:
+        names = ("feature", "utterance", "segment", "reason")
+        display.say_json({**vars(done), "damages": [{n: getattr(d, n) for n in names} for d in done.damages]})
     else:
-        display.say("No bytes are freed: the rows lie in segments that others need.")
+        for damage in done.damages:
+            display.say(display.visible(f"damaged: {damage.utterance or damage.segment} {damage.feature}: "
+                                        f"{damage.reason}"))
+        display.say(f"{done.segments_before:,} segments, {display.size(done.bytes_before)}: now "
+                    f"{done.segments_after:,}, {display.size(done.bytes_after)}; {display.size(done.copied)} copied, "
+                    f"{display.size(done.freed)} freed.")
+        if done.waiting:
+            display.say(f"{display.size(done.waiting)} were replaced and stay for readers at work; featstore compact "
+                        f"{store} --purge frees what is older than {GRACE_H:g} h.")
+    if done.damages:
+        display.say_error(f"what is damaged was left as it is; featstore verify {store} --repair gives it up")
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()

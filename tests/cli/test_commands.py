@@ -21,8 +21,8 @@ from featstore_cli import cli, display
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = os.pathsep.join(str(ROOT / name) for name in (".", "extractors", "align", "cli", "tests"))
-COMMANDS = ["scan", "extract", "status", "why", "use", "info", "ls", "plot", "split", "verify", "rm", "copy", "export",
-            "import", "weights"]
+COMMANDS = ["scan", "extract", "status", "why", "use", "info", "ls", "plot", "split", "verify", "rm", "compact", "copy",
+            "export", "import", "weights"]
 
 
 def run(*words: object) -> Result:
@@ -164,6 +164,8 @@ def test_a_bad_recording_is_exit_1_and_named(wavs: Path, tmp_path: Path) -> None
     (["use", "{s}", "mean@ffff"], 2, "names 0 identities"),
     (["ls", "{s}", "f9"], 2, "has no feature 'f9'"),
     (["rm", "{s}"], 2, "give one of"),
+    (["rm", "{s}", "--speaker", "spk9"], 2, "no speaker 'spk9'"),
+    (["compact", "{s}", "--grace", "1"], 2, "give --purge as well"),
     (["plot", "{s}", "spk9", "-o", "x.png"], 2, "no utterance 'spk9'"),
 ])
 def test_a_wrong_command_line_is_told_what_is_wrong(wavs: Path, store: Path, words: list[str], status: int,
@@ -226,6 +228,40 @@ def test_rm_copy_export_and_import(store: Path, tmp_path: Path) -> None:
     for key in copied.utterances:
         np.testing.assert_array_equal(np.asarray(back[key, "mean"]), np.asarray(copied[key, "mean"]))
     assert "imported:" in run("info", tmp_path / "u.zarr").output
+
+
+def test_compact_says_what_became_of_the_segments(wavs: Path, store: Path) -> None:
+    for gain in (2, 3):
+        run("extract", wavs, store, "-f", f"toys.Mean,gain={gain}", "--replace", "--workers", 0)
+    run("rm", store, "--utterance", "spk0/u0")
+    before = run("ls", store, "mean").output
+    done = run("compact", store)
+    assert done.exit_code == 0 and re.search(r"\d+ segments, .*: now \d+, .* copied, 0 B freed\.", done.output)
+    assert "--purge frees what is older than 24 h" in done.output
+    found = json.loads(run("compact", store, "--purge", "--grace", 0, "--json").output)
+    assert found["damages"] == [] and found["freed"] > 0 and found["waiting"] == 0
+    assert run("ls", store, "mean").output == before and run("verify", store).exit_code == 0
+    shard = next((store / "features" / "mean").rglob("frames/c/0"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    run("rm", store, "--utterance", "spk1/u1")
+    harmed = run("compact", store, "--purge")
+    assert harmed.exit_code == 1 and "damaged: spk" in harmed.output and "--repair gives it up" in harmed.output
+
+
+def test_nothing_of_a_removed_speaker_is_left_after_compact_and_purge(wavs: Path, store: Path, tmp_path: Path) -> None:
+    (wavs / "spk0" / "broken.wav").write_bytes(b"RIFF nonsense")
+    (wavs / "spk1" / "broken.wav").write_bytes(b"RIFF nonsense")
+    assert run("extract", wavs, store, "-f", "toys.Mean", "-f", "energy", "--workers", 0).exit_code == 1
+    assert b"spk0/broken" in Path(f"{store}.failures.jsonl").read_bytes()
+    frames = [fs.open(store)[f"spk0/u{i}", name].read().tobytes() for i in (0, 2) for name in ("mean", "energy")]
+    done = run("rm", store, "--speaker", "spk0")
+    assert done.exit_code == 0 and "6 rows removed. " in done.output and "failures forgotten" in done.output
+    assert run("compact", store, "--purge", "--grace", 0).exit_code == 0
+    left = [path for path in (*store.rglob("*"), *tmp_path.glob("*.jsonl*"), *tmp_path.glob(".*")) if path.is_file()]
+    assert [path for path in left if "spk0" in str(path) or any(
+        part in path.read_bytes() for part in [b"spk0", *frames])] == []
+    assert sorted(fs.open(store).utterances) == ["spk1/u1", "spk1/u3"]
+    assert b"spk1/broken" in Path(f"{store}.failures.jsonl").read_bytes()
 
 
 def test_plot_writes_a_picture(store: Path, tmp_path: Path) -> None:
