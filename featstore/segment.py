@@ -184,16 +184,20 @@ class SegmentWriter:
 
 
 class Segment:
-    """A committed segment: its records, keys and rows. Opens lazily; safe across forks, threads and pickling."""
+    """A committed segment: its records, keys and rows. Opens lazily; safe across forks, threads and pickling.
+
+    mapped: raw rows are copied out of maps of the shards, not read by calls of the system. A shard that is truncated
+    while it is mapped ends the process (SIGBUS): no writer of ours ever does.
+    """
 
     _decoded: ClassVar[tuple[Segment, int, int, np.ndarray] | None] = None  # shard, inner chunk and its rows
 
-    def __init__(self, folder: Place) -> None:
-        self.folder = folder
+    def __init__(self, folder: Place, *, mapped: bool = False) -> None:
+        self.folder, self.mapped = folder, mapped
         self._shards: dict[int, str] = {}  # those checked, by number
 
-    def __reduce__(self) -> tuple[type[Segment], tuple[Place]]:
-        return Segment, (self.folder,)
+    def __reduce__(self) -> tuple[Callable[..., Segment], tuple[Place]]:
+        return (partial(Segment, mapped=True) if self.mapped else Segment), (self.folder,)
 
     @property
     def id(self) -> str:
@@ -354,7 +358,8 @@ class Segment:
 
     def _shard(self, number: int) -> str:
         try:
-            self._shards[number] = self.layout.check(number)
+            path = self.layout.check(number)
+            self._shards[number] = storage.Mapped(path) if self.mapped else path
         except FileNotFoundError as error:
             raise self._missing(storage.place(error.filename)) from None
         return self._shards[number]

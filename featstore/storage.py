@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import mmap
 import os
 import secrets
 import shutil
@@ -18,8 +19,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from . import objects
 from .errors import CorruptSegment, DiskFull, NotAStore
@@ -27,6 +31,7 @@ from .objects import ObjectPath as ObjectPath
 from .objects import Place as Place
 from .objects import place as place
 
+_READS = hasattr(os, "preadv")  # where it is missing (Windows) every file is read through memory
 OPEN_FILES = 256  # read handles kept; well below the usual limit of 1,024 per process
 REQUESTS = 32     # for documents and indexes, at one time
 STAGED = "featstore-"  # how the folders begin in which what goes to objects is gathered
@@ -279,6 +284,10 @@ def _facts_below(path: Place, *, folders: bool, deep: bool = True) -> Iterator[A
                 yield item.lstat()
 
 
+class Mapped(str):
+    """The path of a file that is read through memory: mapped once, then copied without a call of the system."""
+
+
 class _Handle:
     """A file open for reading; closed when the last reader lets go of it."""
 
@@ -286,17 +295,29 @@ class _Handle:
         self.fd = -1
         self.path, self.fd = path, os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
+    @cached_property
+    def map(self) -> np.ndarray:
+        return np.frombuffer(mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), np.uint8)
+
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
 
     def read(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from byte `offset`."""
         count = os.preadv(self.fd, [out], offset)
         while count < len(out):  # a single call reads at most 2 GiB
             more = os.preadv(self.fd, [out[count:]], offset + count)
             if more == 0:
                 raise EOFError(f"{self.path} ends at byte {offset + count}; {len(out) - count} more were expected")
             count += more
+
+    def copy(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from byte `offset` of the file's map."""
+        part = self.map[offset:offset + len(out)]
+        if len(part) < len(out):
+            raise EOFError(f"{self.path} ends at byte {len(self.map)}; {len(out) - len(part)} more were expected")
+        np.copyto(np.frombuffer(out, np.uint8), part)  # numpy lets other threads run meanwhile
 
 
 class _Handles:
@@ -332,7 +353,7 @@ class _Handles:
 handles = _Handles()
 
 
-Range = tuple[str, int, memoryview]  # a file or URL, the byte at which to begin, and the memory to fill from there
+Range = tuple[str, int, memoryview]  # a file, URL or Mapped, the byte to begin with, and the memory to fill from there
 
 
 def read_many(ranges: Sequence[Range]) -> None:
@@ -355,5 +376,5 @@ def read_many(ranges: Sequence[Range]) -> None:
         if len(some) > 1 and hasattr(os, "posix_fadvise"):
             for file, (_, offset, out) in zip(files, some, strict=True):
                 os.posix_fadvise(file.fd, offset, len(out), os.POSIX_FADV_WILLNEED)
-        for file, (_, offset, out) in zip(files, some, strict=True):
-            file.read(offset, out)
+        for file, (path, offset, out) in zip(files, some, strict=True):
+            (file.read if _READS and not isinstance(path, Mapped) else file.copy)(offset, out)

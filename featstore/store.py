@@ -6,10 +6,10 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,12 +92,16 @@ class Why:
 class Collection:
     """The segments of one kind of row: the utterances, or one identity of a feature."""
 
-    def __init__(self, folder: Place) -> None:
-        self.folder = folder
+    def __init__(self, folder: Place, *, mapped: bool = False) -> None:
+        self.folder, self.mapped = folder, mapped
         home = folder / "segments"
-        listed = [Segment(home / name) for name in storage.names(home) if _SEGMENT.fullmatch(name)]
+        listed = [Segment(home / name, mapped=mapped) for name in storage.names(home) if _SEGMENT.fullmatch(name)]
         there = storage.concurrently(folder, lambda segment: segment.committed, listed)
         self.segments = [segment for segment, committed in zip(listed, there, strict=True) if committed]
+
+    def again(self) -> Collection:
+        """As it is now."""
+        return Collection(self.folder, mapped=self.mapped)
 
     def index(self, current: Any = None) -> Index:
         """The rows that answer, as of when this collection was listed; FileNotFoundError if a segment is gone since."""
@@ -228,7 +232,7 @@ class Feature(Mapping[str, "Row"]):
 
     def __init__(self, store: Store, name: str, identity: str) -> None:
         self.name, self._store, self.short = name, store, identity
-        self._collection = Collection(store.path / "features" / name / identity)
+        self._collection = Collection(store.path / "features" / name / identity, mapped=store.mapped)
 
     @cached_property
     def spec(self) -> Spec:
@@ -271,7 +275,7 @@ class Feature(Mapping[str, "Row"]):
         try:
             return self._collection.index(self._store.made_from_current_audio)
         except FileNotFoundError:  # a segment was compacted away since it was listed
-            self._collection = Collection(self.folder)
+            self._collection = self._collection.again()
             return self._collection.index(self._store.made_from_current_audio)
 
     @property
@@ -424,7 +428,7 @@ class Utterances(Mapping[str, StoredUtterance]):
                 yield json.loads(text[start:start + length]), source.tobytes()
 
     def _look_again(self) -> Index:
-        self._collection = Collection(self._collection.folder)
+        self._collection = self._collection.again()
         self.__dict__["index"] = index = self._collection.index()
         return index
 
@@ -440,13 +444,14 @@ class Store:
     `store[utterance, feature]` is a `Row`; `store.utterances` and `store.features` are mappings.
     """
 
-    def __init__(self, path: str | Place) -> None:
+    def __init__(self, path: str | Place, *, mapped: bool = False) -> None:
         self.path = storage.place(path)
+        self.mapped = mapped and not isinstance(self.path, storage.ObjectPath)
         _check_root(self.path)
         self.refresh()
 
-    def __reduce__(self) -> tuple[type[Store], tuple[Place]]:
-        return Store, (self.path,)
+    def __reduce__(self) -> tuple[Callable[..., Store], tuple[Place]]:
+        return (partial(Store, mapped=True) if self.mapped else Store), (self.path,)
 
     def refresh(self) -> None:
         """Take a new snapshot: see what was committed since."""
@@ -586,12 +591,15 @@ def create(path: str | Place) -> Store:
     return Store(root)
 
 
-def open(path: str | Place) -> Store:
+def open(path: str | Place, *, mapped: bool = False) -> Store:
     """A store as it is now, in a folder or under a URL such as s3://bucket/songs.zarr.
 
     NotAStore says what is there instead, or that its format is newer.
+
+    mapped: read the frames through maps of their files, which is faster for data that fits in memory and slower for
+    data that does not: what is not there yet comes page by page. Same bytes either way; a URL is never mapped.
     """
-    return Store(path)
+    return Store(path, mapped=mapped)
 
 
 def open_or_create(path: str | Place) -> Store:

@@ -74,6 +74,12 @@ def store(path) -> fs.Store:
     return fs.open(path)
 
 
+@pytest.fixture(params=[False, True], ids=["read", "mapped"])
+def either(path, request) -> fs.Store:
+    """Opened in each of the ways in which frames are read."""
+    return fs.open(path, mapped=request.param)
+
+
 def test_repr_answers_the_first_questions(store, path):
     assert repr(store) == "<Store songs.zarr: 3 utterances, 2 speakers, 0.1 min; f0 log-mel speaker>"
     assert repr(store.features["log-mel"]).startswith("<log-mel@")
@@ -113,9 +119,9 @@ SLICES = st.one_of(st.slices(130), st.integers(-100, 99), st.just(Ellipsis), st.
 
 @given(item=SLICES, number=st.integers(0, 2))
 @settings(QUICK, max_examples=300)
-def test_any_index_is_numpys_index(store, item, number):
+def test_any_index_is_numpys_index(either, item, number):
     key = ["alto1/nino_dios", "alto1/b", "bass/ё"][number]
-    found, expected = store[key, "log-mel"][item], _mel(number)[item]
+    found, expected = either[key, "log-mel"][item], _mel(number)[item]
     assert found.dtype == expected.dtype and found.shape == expected.shape and np.array_equal(found, expected)
 
 
@@ -283,43 +289,65 @@ def _read_in_child(store, queue) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_forked_child_reads_what_its_parent_opened(store):
-    expected = [store[key, "log-mel"][90:].tobytes() for key in store.utterances]
+def test_forked_child_reads_what_its_parent_opened(either):
+    expected = [either[key, "log-mel"][90:].tobytes() for key in either.utterances]
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_read_in_child, args=(store, queue))
+    child = context.Process(target=_read_in_child, args=(either, queue))
     child.start()
     assert queue.get(timeout=60) == expected
     child.join()
 
 
-def test_fresh_process_reads_a_store_that_was_sent_to_it(store):
-    expected = [store[key, "log-mel"][90:].tobytes() for key in store.utterances]
+def test_fresh_process_reads_a_store_that_was_sent_to_it(either):
+    expected = [either[key, "log-mel"][90:].tobytes() for key in either.utterances]
     code = ("import pickle, sys; store = pickle.loads(sys.stdin.buffer.read()); "
             "sys.stdout.buffer.write(pickle.dumps([store[k, 'log-mel'][90:].tobytes() for k in store.utterances]))")
-    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(store), capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(either), capture_output=True, check=True)
     assert pickle.loads(done.stdout) == expected
 
 
-def test_store_pickles_as_its_path(store):
-    store["alto1/b", "log-mel"].read()
-    assert len(pickle.dumps(store)) < 300
-    assert np.array_equal(pickle.loads(pickle.dumps(store))["alto1/b", "log-mel"][:], _mel(1))
+def test_store_pickles_as_its_path(either):
+    either["alto1/b", "log-mel"].read()
+    again = pickle.loads(pickle.dumps(either))
+    assert len(pickle.dumps(either)) < 300 and again.mapped is either.mapped
+    assert np.array_equal(again["alto1/b", "log-mel"][:], _mel(1))
 
 
-def test_threads_read_at_once(store):
+def test_every_way_of_reading_gives_the_bytes_that_zarr_gives(path):
+    import zarr
+
+    ways = [fs.open(path), fs.open(path, mapped=True)]
+    for name in ways[0].features:
+        for segment in ways[0].features[name].segments:
+            whole = np.asarray(zarr.open_array(str(segment.folder / "frames"), mode="r")[...])
+            for record in segment.records:
+                start, key = int(record["offset"]), segment.key(record)
+                expected = whole[start:start + int(record["length"])]
+                assert [way[key, name].read().tobytes() for way in ways] == [expected.tobytes()] * 2
+
+
+def test_a_shard_that_ends_early_is_named_by_a_mapped_store_too(path):
+    store = fs.open(path, mapped=True)
+    segment = store.features["log-mel"].segments[0]
+    os.truncate(next((segment.folder / "frames").glob("c/0/*")), 16)
+    with pytest.raises(CorruptSegment, match="has 16 bytes, expected"):
+        store[segment.key(segment.records[0]), "log-mel"].read()
+
+
+def test_threads_read_at_once(either):
     from concurrent.futures import ThreadPoolExecutor
 
-    keys = list(store.utterances) * 30
+    keys = list(either.utterances) * 30
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda key: store[key, "log-mel"].read().tobytes(), keys))
-    assert found == [store[key, "log-mel"].read().tobytes() for key in keys]
+        found = list(pool.map(lambda key: either[key, "log-mel"].read().tobytes(), keys))
+    assert found == [either[key, "log-mel"].read().tobytes() for key in keys]
 
 
-def test_more_segments_are_read_than_files_are_kept_open(store, monkeypatch):
+def test_more_segments_are_read_than_files_are_kept_open(either, monkeypatch):
     monkeypatch.setattr(storage, "OPEN_FILES", 2)
     for number, key in enumerate(["alto1/nino_dios", "alto1/b", "bass/ё"] * 3):
-        assert np.array_equal(store[key, "log-mel"][:], _mel(number % 3))
+        assert np.array_equal(either[key, "log-mel"][:], _mel(number % 3))
 
 
 def _compact(path: Path, name: str) -> None:
