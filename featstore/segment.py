@@ -257,7 +257,8 @@ class Segment:
 
     def read(self, offset: int, out: np.ndarray) -> None:
         """Fill `out` `(n, D)` or `(n,)`, contiguous, with rows `[offset, offset + n)` of the frames array."""
-        read_rows([(self, offset, out)])
+        later: list[Callable[[], None]] = []
+        _read(self.ranges(offset, out, later), later)
 
     def ranges(self, offset: int, out: np.ndarray, later: list[Callable[[], None]]) -> list[storage.Range]:
         """What `storage.read_many` has to read so that `out` holds rows `[offset, offset + len(out))`.
@@ -273,9 +274,12 @@ class Segment:
                                  f"for. {_CURE}")
         if not layout.direct:
             return self._encoded_ranges(offset, out, later)
-        if not out.size:
+        if not count:
             return []
         row_bytes, flat = layout.row_bytes, out.data.cast("B")
+        number, within = divmod(offset, layout.shard_rows)
+        if within + count <= layout.shard_rows:  # nearly always, and what a single crop waits for
+            return [(self._shards.get(number) or self._shard(number), within * row_bytes, flat)]
         found, done = [], 0
         while done < count:
             number, within = divmod(offset + done, layout.shard_rows)
@@ -379,7 +383,10 @@ def read_rows(wanted: Iterable[tuple[Segment, int, np.ndarray]]) -> None:
         CorruptSegment: files are missing, or shorter than they were written.
     """
     later: list[Callable[[], None]] = []
-    ranges = [part for segment, offset, out in wanted for part in segment.ranges(offset, out, later)]
+    _read([part for segment, offset, out in wanted for part in segment.ranges(offset, out, later)], later)
+
+
+def _read(ranges: Sequence[storage.Range], later: Sequence[Callable[[], None]]) -> None:
     try:
         storage.read_many(ranges)
     except EOFError as error:

@@ -317,7 +317,7 @@ class _Handle:
         part = self.map[offset:offset + len(out)]
         if len(part) < len(out):
             raise EOFError(f"{self.path} ends at byte {len(self.map)}; {len(out) - len(part)} more were expected")
-        np.copyto(np.frombuffer(out, np.uint8), part)  # numpy lets other threads run meanwhile
+        np.frombuffer(out, np.uint8)[:] = part  # numpy lets other threads run meanwhile
 
 
 class _Handles:
@@ -366,10 +366,13 @@ def read_many(ranges: Sequence[Range]) -> None:
         FileNotFoundError: a file is gone.
         EOFError: a file ends before a range does.
     """
-    remote = [part for part in ranges if "://" in part[0]]
-    if remote:
-        objects.read_many(remote)
-        ranges = [part for part in ranges if "://" not in part[0]]
+    if len(ranges) > 1:
+        remote = [part for part in ranges if "://" in part[0]]
+        if remote:
+            objects.read_many(remote)
+            ranges = [part for part in ranges if "://" not in part[0]]
+    elif ranges and "://" in ranges[0][0]:
+        return objects.read_many(ranges)
     for first in range(0, len(ranges), OPEN_FILES):
         some = ranges[first:first + OPEN_FILES]
         files = [handles.get(path) for path, _, _ in some]
@@ -377,4 +380,5 @@ def read_many(ranges: Sequence[Range]) -> None:
             for file, (_, offset, out) in zip(files, some, strict=True):
                 os.posix_fadvise(file.fd, offset, len(out), os.POSIX_FADV_WILLNEED)
         for file, (path, offset, out) in zip(files, some, strict=True):
-            (file.read if _READS and not isinstance(path, Mapped) else file.copy)(offset, out)
+            (file.read if _READS and type(path) is not Mapped else file.copy)(offset, out)
+    return None

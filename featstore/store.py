@@ -26,7 +26,7 @@ from .errors import (
     nearest,
 )
 from .index import Index, drop_replaced, read_catalogue
-from .segment import BLOCK_BYTES, Segment, group, read_rows
+from .segment import BLOCK_BYTES, Segment, group
 from .spec import NAME, Spec
 from .storage import Place
 
@@ -125,10 +125,11 @@ class Row:
     def __init__(self, feature: Feature, key: str, record: np.void, segments: Sequence[Segment] | None = None) -> None:
         self.feature, self.utterance, self._record = feature, key, record
         self._segment = (feature.index.segments if segments is None else segments)[int(record["segment"])]
+        self._offset = int(record["offset"])
         self.dtype = feature.dtype
         self.scale = float(record["scale"])
-        dims = (feature.dim,) if feature.dim else ()
-        self.shape: tuple[int, ...] = dims if feature.kind == "global" else (int(record["length"]), *dims)
+        channels = feature.channels
+        self.shape: tuple[int, ...] = channels if feature.kind == "global" else (int(record["length"]), *channels)
 
     @property
     def source(self) -> str:
@@ -178,53 +179,30 @@ class Row:
 
     def fill(self, start: int, out: np.ndarray) -> None:
         """Read frames `[start, start + len(out))` into a contiguous array of the stored type."""
-        read([(self, start, out)])
+        try:
+            self._segment.read(self._offset + start, out)
+        except FileNotFoundError:  # compacted away since the snapshot was taken: look once more
+            self._look_again()
+            self._segment.read(self._offset + start, out)
 
     def _checksum(self) -> int:
         try:
             return self._segment.checksum(self._record)
         except FileNotFoundError:
-            self.look_again()
+            self._look_again()
             return self._segment.checksum(self._record)
 
-    def place(self, start: int) -> tuple[Segment, int]:
-        """The segment that has frame `start`, and where among its rows."""
-        return self._segment, int(self._record["offset"]) + start
-
-    def look_again(self) -> None:
-        """Find the row anew: its segment was compacted away since the snapshot was taken."""
+    def _look_again(self) -> None:
         now = self.feature.look_again(self.utterance, self._segment)
         if now._record[SAME] != self._record[SAME] or now.source != self.source:
             raise StaleFeature(f"{self.utterance}: {self.feature.name} was written anew since the store was "
                                "opened, and the old one removed; open the store again")
-        self._record, self._segment = now._record, now._segment
+        self._record, self._segment, self._offset = now._record, now._segment, now._offset
 
     def _frames(self, start: int, stop: int) -> np.ndarray:
-        dims = (self.feature.dim,) if self.feature.dim else ()
-        out = np.empty((stop - start, *dims), self.dtype)
+        out = np.empty((stop - start, *self.feature.channels), self.dtype)
         self.fill(start, out)
         return out
-
-
-def read(wanted: Sequence[tuple[Row, int, np.ndarray]]) -> None:
-    """Fill arrays with frames of rows, of any features, in one go: (row, first frame, contiguous array) each.
-
-    Rows whose segment was compacted away since the snapshot was taken are looked for once more.
-
-    Raises:
-        StaleFeature: a row was written anew, and the old one is gone.
-    """
-    try:
-        read_rows([(*row.place(start), out) for row, start, out in wanted])
-    except FileNotFoundError:
-        for row, start, out in wanted:
-            segment, offset = row.place(start)
-            try:
-                segment.read(offset, out)
-            except FileNotFoundError:
-                row.look_again()
-                segment, offset = row.place(start)
-                segment.read(offset, out)
 
 
 class Feature(Mapping[str, "Row"]):
@@ -265,6 +243,11 @@ class Feature(Mapping[str, "Row"]):
     @property
     def dim(self) -> int:
         return self.spec.dim or 0
+
+    @cached_property
+    def channels(self) -> tuple[int, ...]:
+        """The shape of one frame."""
+        return (self.dim,) if self.dim else ()
 
     @cached_property
     def dtype(self) -> np.dtype:
@@ -331,7 +314,7 @@ class Feature(Mapping[str, "Row"]):
         return Row(self, key, record, index.segments)
 
     def _list_again(self) -> Index:
-        self._collection = Collection(self._collection.folder)
+        self._collection = self._collection.again()
         self.__dict__.pop("index", None)
         return self.index
 

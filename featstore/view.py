@@ -20,7 +20,7 @@ from featstore_align.conversion import Exact, Timing
 from .errors import BadRequest, MissingFeature, MissingUtterance, StaleFeature, nearest
 from .index import hash_keys
 from .segment import Segment, read_rows
-from .store import SAME, Row, read
+from .store import SAME, Row
 
 if TYPE_CHECKING:
     from .store import Feature, Store
@@ -55,17 +55,13 @@ class _Member:
     grids: Conversion | None = None
     hop: int = 0
 
-    @property
-    def channels(self) -> tuple[int, ...]:
-        return (self.feature.dim,) if self.feature.dim else ()
-
     def empty(self, rows: int, frames: int) -> np.ndarray:
         """An array for `frames` frames of as many utterances as there are `rows`."""
         if self.feature.kind == "global":
-            return np.empty((rows, *self.channels), self.feature.dtype)
+            return np.empty((rows, *self.feature.channels), self.feature.dtype)
         if self.hop:
             return np.empty((rows, frames * self.hop), np.float32)
-        return np.empty((rows, frames, *self.channels), self.feature.dtype)
+        return np.empty((rows, frames, *self.feature.channels), self.feature.dtype)
 
     def row(self, number: int, key: str) -> Row:
         return Row(self.feature, key, self.records[self.at[number]], self.segments)
@@ -109,7 +105,7 @@ class _Member:
         count = (last - first).tolist()
         if not direct:
             end = np.cumsum(last - first).tolist()
-            stored = np.empty((end[-1], *self.channels), self.feature.dtype)
+            stored = np.empty((end[-1], *self.feature.channels), self.feature.dtype)
             places = [stored[e - n:e] for e, n in zip(end, count, strict=True)]
         elif self.grids is None and not self.hop:
             stored, places = out, [row[None] for row in out]
@@ -284,8 +280,9 @@ class View(Mapping[str, Batch]):
     def _look_again(self, parts: Sequence[_Part]) -> None:
         """Read what a batch needs although segments were compacted away since the view was made."""
         numbers = parts[0].crops.number.tolist()
-        read([(part.member.row(number, self._keys[number]), first, place) for part in parts
-              for number, first, place in zip(numbers, part.first.tolist(), part.places, strict=True)])
+        for part in parts:
+            for number, first, place in zip(numbers, part.first.tolist(), part.places, strict=True):
+                part.member.row(number, self._keys[number]).fill(first, place)
         self._members = [member.moved() for member in self._members]
 
     def _crops(self, items: Sequence[tuple[str, int]], frames: int) -> _Crops:
