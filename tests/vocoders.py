@@ -18,6 +18,12 @@ STEPS_UP = {"upsample_rates": (4, 2, 2), "upsample_kernels": (8, 4, 4), "channel
 SMALL: dict[str, dict[str, Any]] = {
     "hifigan": CONTRACT | STEPS_UP,
     "nsf_hifigan": CONTRACT | STEPS_UP,
+    "bigvgan": CONTRACT | STEPS_UP,
+    "melgan": CONTRACT | {"upsample_rates": (4, 4), "channels": 4},
+    "apnet": CONTRACT | {"channels": 16, "block_kernels": (3, 5), "block_dilations": ((1, 3), (1, 3))},
+    "vocos": CONTRACT | {"dim": 16, "hidden": 24, "layers": 2},
+    "diffwave": CONTRACT | {"channels": 16, "layers": 6, "dilation_cycle": 3, "mel_rates": (4, 4),
+                            "schedule": "fast"},
 }
 
 

@@ -1,5 +1,7 @@
 """The zoo's networks give Amphion's numbers on Amphion's weights (seeded random ones, fp32 on a CPU)."""
 
+import re
+
 import pytest
 import torch
 import vocoders
@@ -30,6 +32,30 @@ def test_hifigan_equals_the_reference(models):
         folded = model.fold()(given["mel"].transpose(1, 2))
     torch.testing.assert_close(wave, expected["y"][:, 0], **TOLERANCE)
     torch.testing.assert_close(folded, expected["y"][:, 0], **TOLERANCE)
+
+
+def test_bigvgan_equals_the_reference(models):
+    def rename(name):
+        return None if name.endswith("filter") else re.sub(r"^(ups\.\d+)\.0\.", r"\1.", name).replace(".act.", ".")
+
+    weights, given, expected = vocoders.reference(models / "bigvgan_snakebeta.safetensors", rename)
+    model = loaded("bigvgan", weights)
+    with torch.no_grad():
+        wave = model(given["mel"].transpose(1, 2))
+    torch.testing.assert_close(wave, expected["y"][:, 0], **TOLERANCE)
+
+
+def test_diffwave_equals_the_reference(models):
+    weights, given, expected = vocoders.reference(models / "diffwave.safetensors")
+    model = loaded("diffwave", weights)
+    with torch.no_grad():
+        condition = model.condition(given["mel"].transpose(1, 2))
+        noise = model.noise(given["audio"], given["t_int"].float(), condition)
+        between = model.noise(given["audio"], given["t_frac"].expand(2), condition)
+    torch.testing.assert_close(condition, expected["upsampled_mel"], **TOLERANCE)
+    torch.testing.assert_close(model.diffusion_embedding.table, expected["step_emb_table"], **TOLERANCE)
+    torch.testing.assert_close(noise, expected["y"][:, 0], **TOLERANCE)
+    torch.testing.assert_close(between, expected["y_frac"][:, 0], **TOLERANCE)
 
 
 def check_discriminator(member, weights, given, expected):

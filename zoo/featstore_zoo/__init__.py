@@ -16,6 +16,11 @@ KINDS = ("acoustic", "vocoder")
 TABLE: dict[str, str] = {
     "hifigan": "featstore_zoo.hifigan",
     "nsf_hifigan": "featstore_zoo.nsf_hifigan",
+    "bigvgan": "featstore_zoo.bigvgan",
+    "melgan": "featstore_zoo.melgan",
+    "apnet": "featstore_zoo.apnet",
+    "vocos": "featstore_zoo.vocos",
+    "diffwave": "featstore_zoo.diffwave",
 }
 
 

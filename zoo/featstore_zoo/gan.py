@@ -235,7 +235,11 @@ def losses(model: Vocoder, batch: Mapping[str, Tensor], generator: torch.Generat
     "adversarial" and "feature". Their sum is what training minimises (see `Adversary`).
     """
     fake = model(batch["log-mel"], batch.get("f0"), generator)
-    return spectral_losses(model.config, batch["wave"], fake) | (adversary(batch["wave"], fake) if adversary else {})
+    terms = spectral_losses(model.config, batch["wave"], fake) | (adversary(batch["wave"], fake) if adversary else {})
+    if not terms:
+        raise ValueError("no loss is left: lambda_mel and lambda_stft are 0 and there is no adversary; raise one of "
+                         "them or give Adversary(config)")
+    return terms
 
 
 def spectral_losses(config: VocoderConfig, real: Tensor, fake: Tensor) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class Vocoder(nn.Module):
         raise NotImplementedError
 
     def forward(self, log_mel: Tensor, f0: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Waveform (B, T hop_length) in [-1, 1] from log-mel (B, T, n_mels).
+        """Waveform (B, T hop_length), full scale 1, from log-mel (B, T, n_mels).
 
         f0: (B, T) in Hz, 0 where unvoiced; only where `needs_f0`, and passed over elsewhere.
         generator: where randomness comes from, if `needs_generator`. One on the CPU gives the same draws on any device.
@@ -155,9 +155,9 @@ def widened(span: Span, reach: int) -> Span:
     return span[0] - reach, span[1] + reach
 
 
-def upsampled(span: Span, kernel: int, stride: int) -> Span:
-    """What `span` depends on through a transposed convolution padded by (kernel - stride) / 2."""
-    padding = (kernel - stride) // 2
+def upsampled(span: Span, kernel: int, stride: int, padding: int | None = None) -> Span:
+    """What `span` depends on through a transposed convolution, padded by (kernel - stride) / 2 if not told."""
+    padding = (kernel - stride) // 2 if padding is None else padding
     return -((kernel - 1 - padding - span[0]) // stride), (span[1] + padding) // stride
 
 
