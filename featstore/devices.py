@@ -199,6 +199,11 @@ class Devices:
         found, self._complete = self._complete, []
         return found
 
+    def flush(self) -> bool:
+        """Send off what is gathered for larger batches; whether anything is under way, or complete and not taken."""
+        self._dispatch()
+        return bool(self._batches or self._complete)
+
     def rest(self) -> Iterator[Made]:
         """All that is still under way, as it is done."""
         self._dispatch()

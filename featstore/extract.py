@@ -5,34 +5,28 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import multiprocessing
-import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from . import memory, shares, storage
-from .corpus import Corpus
-from .devices import Devices, names_of
+from .corpus import Corpus, Utterance
+from .devices import names_of
 from .errors import BadRequest, DiskFull, FeatstoreError
+from .pipeline import TICK_S, Pipeline
 from .plan import Failure, Plan, plan, record_of, stamp
-from .spec import Extractor
+from .spec import Extractor, Spec
 from .storage import Place
 from .store import COMMIT_S, Store
-from .work import Frames, Made, Task, Workbench, passes, start, work
+from .work import Frames, Made
 from .writer import Writer
 
-AHEAD = 2           # bundles of tasks under way per worker
-BUNDLE_S, BUNDLE = 8.0, 4  # audio and utterances that go to a worker at once: short ones cost more to send than to do
-TICK_S = 1.0        # how often commits, progress and interruption are looked at while nothing is finished
 HEADROOM = 64 << 20  # bytes beyond the estimate that must be free
 LIBRARIES = ("numpy", "soundfile", "soxr", "librosa", "pyworld", "swift-f0", "onnxruntime", "torch", "transformers")
 
@@ -65,6 +59,7 @@ class Report:
     """What an extraction did.
 
     flags: what may be wrong with recordings that were stored (see `audio.Reader`).
+    elsewhere: utterances that other processes did meanwhile.
     to_use: NAME@IDENTITY of what `featstore use` is to move names to, once every shard is done.
     """
 
@@ -77,6 +72,7 @@ class Report:
     elapsed_s: float = 0.0
     interrupted: bool = False
     ok: bool = True
+    elsewhere: int = 0
     to_use: list[str] = field(default_factory=list)
 
 
@@ -115,9 +111,9 @@ def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *
         raise DiskFull(f"{store.path} needs about {todo.bytes_needed / 1e9:.2f} GB more and "
                        f"{todo.bytes_free / 1e9:.2f} GB are free. Nothing was written; free some room or put the store "
                        "on another disk.")
-    run = _Run(todo, store, extractors, devices, _workers(workers, extractors), commit_every_s, strict, progress)
+    run = _Run(todo, store, extractors, devices, _workers(workers, extractors), commit_every_s, strict, shard, progress)
     try:
-        report = run.go(replace, moved=shard is None)
+        report = run.go(replace)
     finally:
         remember(store, known, run.report.failures)
     report.ok = len({failure.utterance for failure in report.failures}) <= allowed
@@ -193,229 +189,186 @@ class _Tally:
             self._rounds = {todo.corpus.utterances[i].key: int(counts[i]) for i in np.flatnonzero(counts)}
         self._left = dict(self._rounds)
 
-    def left(self, tasks: Iterator[Task]) -> Iterator[Task]:
-        """The tasks of utterances whose recordings could be used so far."""
-        return (task for task in tasks if self._left.get(task.key, 1))
+    def first(self, key: str) -> bool:
+        """Whether no round was counted yet of an utterance."""
+        return self._left.get(key, 1) == self._rounds.get(key, 1)
 
-    def count(self, key: str, failed: bool) -> tuple[bool, float, bool]:
-        """One round more of an utterance: whether it is the first, what part of all, whether it is the last."""
+    def count(self, key: str, failed: bool) -> tuple[float, bool]:
+        """One round more of an utterance: what part of all it is, whether it is the last."""
         rounds, left = self._rounds.get(key, 1), self._left.get(key, 1)
         now = left if failed else 1
         self.done += now / rounds
         if rounds > 1:
             self._left[key] = left - now
-        return left == rounds, now / rounds, left == now
+        return now / rounds, left == now
+
+
+@dataclass
+class Outcome:
+    """What became of a task: what failed, how long the recording is, what may be wrong with it.
+
+    first: nothing else was made of the utterance in this run before.
+    """
+
+    key: str
+    first: bool = True
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+    flags: tuple[str, ...] = ()
+
+
+class Keeper:
+    """Writes what is made of recordings: an utterance's record, then its features.
+
+    specs: what the features are; they are declared when the first of them is there, so that encoders that cannot be
+        loaded leave no trace.
+    """
+
+    def __init__(self, writer: Writer, extractors: Mapping[str, Extractor], specs: Mapping[str, Spec],
+                 replace: bool) -> None:
+        self.writer, self.extractors, self.specs, self.replace = writer, extractors, specs, replace
+        self._declared = False
+
+    def declare(self) -> None:
+        """Name what is made."""
+        if not self._declared:
+            self._declared = True
+            for name, spec in self.specs.items():
+                self.writer.declare(name, spec, replace=self.replace)
+
+    def keep(self, made: Made, corpus: Corpus, utterance: Utterance, first: bool) -> Outcome:
+        """Write what a worker made; the record of the utterance only with what is made of it `first`."""
+        self.declare()
+        key = utterance.key
+        outcome = Outcome(key, first, [Failure(key, name, made.task.path, why, utterance.speaker)
+                                       for name, why in made.failures.items()])
+        if None in made.failures:
+            return outcome
+        outcome.seconds, outcome.flags = made.facts["duration_s"], tuple(made.facts["flags"])
+        mark = stamp(utterance, made.task.path, made.size, made.mtime_ns) if made.settled else 0
+        held = self.writer.snapshot.utterances.index.find(key)
+        if first and (held is None or held["source"].tobytes() != made.source or int(held["stamp"]) != mark):
+            self.writer.utterance(record_of(corpus, utterance, made.facts), source=made.source, stamp=mark,
+                                  seconds=outcome.seconds)
+        for name, frames in made.frames.items():
+            try:
+                self._write(key, name, frames)
+            except DiskFull:
+                raise
+            except (FeatstoreError, ValueError) as error:
+                reason = str(error).removeprefix(f"{key}: ")
+                outcome.failures.append(Failure(key, name, made.task.path, reason, utterance.speaker))
+            finally:
+                frames.drop()
+        return outcome
+
+    def _write(self, key: str, name: str, frames: Frames) -> None:
+        extractor: Any = self.extractors[name]
+        if not hasattr(extractor, "quantise"):
+            blocks = (block[0] for block in frames.blocks()) if extractor.kind == "global" else frames.blocks()
+            self.writer.write(key, name, blocks)
+            return
+        scale = float(extractor.scale_of(frames.peak))
+        self.writer.write(key, name, (extractor.quantise(block, scale) for block in frames.blocks()), scale=scale)
 
 
 class _Run:
-    """One extraction: its plan, its rounds of workers, its devices, its writer."""
+    """One extraction: its plan, its share of it, its pipeline, its writer."""
 
     def __init__(self, todo: Plan, store: Store, extractors: Mapping[str, Extractor], devices: list[str],
-                 workers: int | None, commit_every_s: float, strict: bool,
+                 workers: int | None, commit_every_s: float, strict: bool, part: tuple[int, int] | None,
                  progress: Callable[[Progress], None] | None) -> None:
-        self.plan, self.store, self.strict, self.progress = todo, store, strict, progress
+        self.plan, self.store, self.strict, self.part, self.progress = todo, store, strict, part, progress
         self.extractors = {name: extractors[name] for name, item in todo.features.items() if item.todo}
         self.commit_every_s = commit_every_s
-        self.spool = storage.spool(store.path)
+        self.share = shares.Share(todo, store, storage.new_id(), part)
         self.utterances = {utterance.key: utterance for utterance in todo.corpus.utterances}
         self.total = int(todo.todo.any(axis=1).sum())
-        deferred = {name: extractor for name, extractor in self.extractors.items()
-                    if devices != ["cpu"] and getattr(extractor, "accelerated", False)}
-        self.specs = {name: item.spec for name, item in todo.features.items() if item.spec.weights}
-        self.devices = Devices(deferred, devices, self.spool, self._idle, self.specs) if deferred else None
-        self.rounds = _rounds(self.extractors, deferred, workers, self.total)
+        weighty = {name: item.spec for name, item in todo.features.items() if item.spec.weights}
+        self.pipeline = Pipeline(self.extractors, devices, weighty, storage.spool(store.path), self._idle,
+                                 self._drained)
+        self.rounds = self.pipeline.rounds(workers, self.total)
         self.tally = _Tally(todo, self.rounds)
         self.report = Report(utterances=todo.utterances, fresh=todo.utterances - self.total)
         self.began = time.monotonic()
-        self.stopping = self.aborted = self._replace = self._declared = False
         self._told = -TICK_S
 
-    def go(self, replace: bool, moved: bool) -> Report:
+    def go(self, replace: bool) -> Report:
         for problem in self.plan.corpus.problems:
             self.report.failures.append(Failure(problem.path, None, problem.path, problem.reason))
-        with self.devices or contextlib.nullcontext():
-            if self.devices is not None:
-                self.devices.load()  # before anything is written
-            with self.store.writer(commit_every_s=self.commit_every_s, provenance=provenance()) as writer:
-                self.writer, self._replace = writer, replace
-                if not self.total:
-                    self._declare(writer)
-                self._renew(writer)
-                with self._interruptible():
-                    try:
-                        for one in self.rounds:
-                            self._go_round(writer, one)
-                    finally:
-                        self._clear_spool()
-                writer.close(moved=moved and not self.stopping)
-        if not moved:
-            self.report.to_use = [f"{item.name}@{item.spec.identity[:9]}" for item in self.plan.features.values()
-                                  if item.moves]
+        named = {item.name: item.spec for item in self.plan.features.values() if item.todo or item.moves}
+        moves = [f"{item.name}@{item.spec.identity[:9]}" for item in self.plan.features.values() if item.moves]
+        with contextlib.closing(self.share), self.pipeline, \
+                self.store.writer(commit_every_s=self.commit_every_s, provenance=provenance()) as writer:
+            self.writer, self.keeper = writer, Keeper(writer, self.extractors, named, replace)
+            if not self.total:
+                self.keeper.declare()
+            self._renew()
+            with self._interruptible():
+                for outcome in self._outcomes():
+                    self._account(outcome)
+            writer.close(moved=self.part is None and not self.pipeline.stopping)
+        if not self.pipeline.stopping:
+            self.report.elsewhere = self.total - self.report.done
+        self.report.to_use = moves if self.part is not None else []
         self.report.elapsed_s = time.monotonic() - self.began
         self._tell(last=True)
         return self.report
 
-    def _go_round(self, writer: Writer, one: memory.Round) -> None:
-        for made in self._on_devices(self._made(one)):
-            self._keep(writer, made)
-            self._tell()
-            if self.strict and self.report.failures:
-                self.stopping = True
+    def _outcomes(self) -> Iterator[Outcome]:
+        """What becomes of each task. Where there are rounds, what others were at is looked for after the last."""
+        again = self.rounds if len(self.rounds) > 1 else []
+        for number, one in enumerate([*self.rounds, *again]):
+            patient = not again or number >= len(self.rounds)
+            for made in self.pipeline.run(one, self.share.bundles(one.names, patient=patient)):
+                key = made.task.key
+                yield self.keeper.keep(made, self.plan.corpus, self.utterances[key], self.tally.first(key))
 
-    def _renew(self, writer: Writer) -> None:
+    def _account(self, outcome: Outcome) -> None:
+        """Count a task, and tell how far the run is."""
+        report, failed = self.report, {failure.feature for failure in outcome.failures}
+        part, last = self.tally.count(outcome.key, failed=None in failed)
+        report.done += last
+        report.audio_s += outcome.seconds * part
+        report.failures += outcome.failures
+        for flag in outcome.flags if outcome.first else ():
+            report.flags.setdefault(flag, []).append(outcome.key)
+        if failed:
+            self.share.gave_up(outcome.key, failed)
+        self.share.beat()
+        self._tell()
+        if self.strict and report.failures:
+            self.pipeline.stopping = True
+
+    def _renew(self) -> None:
         """Records of utterances whose text, speaker, place or time changed, but not their audio."""
         corpus = self.plan.corpus
         for position, (source, mark) in self.plan.renewed.items():
             utterance = corpus.utterances[position]
             old = self.store.utterances[utterance.key]
             facts = {name: getattr(old, name) for name in ("sample_rate", "channels", "flags", "duration_s")}
-            writer.utterance(record_of(corpus, utterance, facts), source=source, stamp=mark, seconds=old.duration_s)
-
-    def _declare(self, writer: Writer) -> None:
-        """Name what is made; when the first of it is there, so that encoders that cannot be loaded leave no trace."""
-        if not self._declared:
-            self._declared = True
-            for item in self.plan.features.values():
-                if item.todo or item.moves:
-                    writer.declare(item.name, item.spec, replace=self._replace)
-
-    def _fail(self, key: str, feature: str | None, path: str, reason: str) -> None:
-        self.report.failures.append(Failure(key, feature, path, reason, self.utterances[key].speaker))
-
-    def _keep(self, writer: Writer, made: Made) -> None:
-        """Write what a worker made; count it."""
-        self._declare(writer)
-        key = made.task.key
-        for name, reason in made.failures.items():
-            self._fail(key, name, made.task.path, reason)
-        first, share, last = self.tally.count(key, failed=None in made.failures)
-        self.report.done += last
-        if None in made.failures:
-            return
-        corpus, utterance = self.plan.corpus, self.utterances[key]
-        seconds = made.facts["duration_s"]
-        mark = stamp(utterance, made.task.path, made.size, made.mtime_ns) if made.settled else 0
-        held = writer.snapshot.utterances.index.find(key)
-        if first and (held is None or held["source"].tobytes() != made.source or int(held["stamp"]) != mark):
-            writer.utterance(record_of(corpus, utterance, made.facts), source=made.source, stamp=mark, seconds=seconds)
-        for name, frames in made.frames.items():
-            try:
-                self._write(writer, key, name, frames)
-            except DiskFull:
-                raise
-            except (FeatstoreError, ValueError) as error:
-                reason = str(error).removeprefix(f"{key}: ")
-                self._fail(key, name, made.task.path, reason)
-            finally:
-                frames.drop()
-        self.report.audio_s += seconds * share
-        for flag in made.facts["flags"] if first else ():
-            self.report.flags.setdefault(flag, []).append(key)
-
-    def _write(self, writer: Writer, key: str, name: str, frames: Frames) -> None:
-        extractor: Any = self.extractors[name]
-        if not hasattr(extractor, "quantise"):
-            blocks = (block[0] for block in frames.blocks()) if extractor.kind == "global" else frames.blocks()
-            writer.write(key, name, blocks)
-            return
-        scale = float(extractor.scale_of(frames.peak))
-        writer.write(key, name, (extractor.quantise(block, scale) for block in frames.blocks()), scale=scale)
-
-    def _on_devices(self, results: Iterator[Made | None]) -> Iterator[Made]:
-        """Run deferred extractors over what the workers decoded. None: nothing new from these."""
-        for made in results:
-            if self.devices is None:
-                if made is not None:
-                    yield made
-                continue
-            if made is not None:
-                self.devices.add(made)
-            yield from self.devices.finished()
-        if self.devices is not None:
-            yield from self.devices.rest()
-
-    def _made(self, one: memory.Round) -> Iterator[Made | None]:
-        if self.total == 0:
-            return
-        extractors = {name: self.extractors[name] for name in one.names}
-        deferred = tuple(self.devices.extractors) if self.devices is not None else ()
-        tasks = self.tally.left(self.plan.tasks(one.names))
-        if one.workers == 0:
-            bench = Workbench(extractors, "cpu", self.spool, deferred, specs=self.specs)
-            for task in tasks:
-                if self.stopping:
-                    return
-                yield bench.make(task)
-            return
-        bundles, begin = _bundles(tasks), (extractors, self.spool, deferred, self.specs, one.threads)
-        while True:
-            suspects: list[Task] = []
-            yield from self._through_pool(begin, min(one.workers, self.total), bundles, one.workers * AHEAD, suspects)
-            if not suspects:
-                return
-            for task in suspects:  # a worker died: each task that was under way alone, to find the one that kills
-                again: list[Task] = []
-                yield from self._through_pool(begin, 1, iter([[task]]), 1, again)
-                if again:
-                    yield Made(task, failures={None: "a worker process died on it twice (out of memory, or a crash "
-                                                     "in a decoder or extractor)"})
-    def _through_pool(self, begin: tuple[Any, ...], workers: int, bundles: Iterator[list[Task]], ahead: int,
-                      suspects: list[Task]) -> Iterator[Made | None]:
-        """Results as they come; None when devices have something. If a worker dies, what was under way is put in
-        `suspects`.
-
-        begin: arguments of `work.start`, of which the last is how many threads a worker has.
-        """
-        pending: dict[Future[list[Made]], list[Task]] = {}
-        others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(min(workers, ahead), multiprocessing.get_context("spawn"), start, begin)
-        try:
-            while True:
-                while len(pending) < ahead and not self.stopping and (bundle := next(bundles, None)) is not None:
-                    suspects[:] = bundle  # should the pool refuse it, it is not lost
-                    with _worker_environment(begin[-1]):
-                        pending[pool.submit(work, bundle)] = bundle
-                    suspects.clear()
-                if not pending:
-                    return
-                on_devices: set[Future[Any]] = self.devices.pending if self.devices is not None else set()
-                done, _ = wait(on_devices.union(pending), TICK_S, FIRST_COMPLETED)
-                if not done:
-                    self._idle()
-                for future in done & pending.keys():
-                    finished = future.result()
-                    del pending[future]
-                    yield from finished
-                if done & on_devices:
-                    yield None
-        except BrokenProcessPool:
-            suspects.extend(task for bundle in pending.values() for task in bundle)
-        finally:
-            if self.aborted:
-                for process in set(multiprocessing.active_children()) - others:
-                    process.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
+            self.writer.utterance(record_of(corpus, utterance, facts), source=source, stamp=mark,
+                                  seconds=old.duration_s)
 
     def _idle(self) -> None:
         """While nothing is finished: progress is told, and what was written is committed in time."""
         self._tell()
+        self.share.beat()
         if self.writer.due:
             self.writer.commit()
+
+    def _drained(self) -> None:
+        """What is left is others' work: let them see ours, for which they may wait in turn."""
+        self.writer.commit()
+        self.share.settled()
 
     def _tell(self, last: bool = False) -> None:
         now = time.monotonic() - self.began
         if self.progress is not None and (last or now - self._told >= TICK_S / 4):
             self._told = now
-            self.progress(Progress(int(self.tally.done + 1e-6), self.total, self.report.audio_s,
-                                   float(self.plan.seconds.sum()), len(self.report.failures), now, self.stopping))
-
-    def _clear_spool(self) -> None:
-        if self.spool.is_dir():
-            for path in self.spool.iterdir():
-                path.unlink()
-            self.spool.rmdir()
-        with contextlib.suppress(OSError):
-            self.spool.parent.rmdir()  # unless another run has its own in it
+            self.progress(Progress(int(self.tally.done + 1e-6) + self.share.elsewhere, self.total, self.report.audio_s,
+                                   float(self.plan.seconds.sum()) - self.share.elsewhere_s, len(self.report.failures),
+                                   now, self.pipeline.stopping))
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -425,27 +378,16 @@ class _Run:
             return
 
         def stop(number: int, frame: Any) -> None:
-            if self.stopping:
-                self.aborted = True  # what the workers are at is not waited for
+            if self.pipeline.stopping:
+                self.pipeline.aborted = True  # what the workers are at is not waited for
                 raise KeyboardInterrupt
-            self.stopping = self.report.interrupted = True
+            self.pipeline.stopping = self.report.interrupted = True
 
         before = signal.signal(signal.SIGINT, stop)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def _bundles(tasks: Iterator[Task]) -> Iterator[list[Task]]:
-    bundle: list[Task] = []
-    for task in tasks:
-        bundle.append(task)
-        if len(bundle) == BUNDLE or sum(one.seconds for one in bundle) >= BUNDLE_S:
-            yield bundle
-            bundle = []
-    if bundle:
-        yield bundle
 
 
 def provenance() -> dict[str, str]:
@@ -462,39 +404,6 @@ def _workers(asked: int | None, extractors: Mapping[str, Extractor]) -> int | No
     if asked is not None and asked < 0:
         raise BadRequest(f"workers {asked}: expected 0 or more")
     return 0 if any(type(extractor).__module__ == "__main__" for extractor in extractors.values()) else asked
-
-
-def _rounds(extractors: Mapping[str, Extractor], deferred: Mapping[str, Extractor], workers: int | None,
-            tasks: int) -> list[memory.Round]:
-    weights = {names: 0 if names[0] in deferred else max(getattr(extractors[n], "weights_bytes", 0) for n in names)
-               for names in passes(extractors)}
-    return memory.rounds(weights, memory.cores(), memory.free() if any(weights.values()) else 0, workers, tasks)
-
-
-@contextlib.contextmanager
-def _worker_environment(threads: int) -> Iterator[None]:
-    """For processes started meanwhile: so many threads each, and no second run of the caller's script.
-
-    `multiprocessing` runs the main script again in every spawned process, to find classes defined in it. Ours need
-    none, and a script without an `if __name__ == "__main__"` guard would extract from within its own workers.
-    """
-    main = sys.modules["__main__"]
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ |= dict.fromkeys(names, str(threads))
-    for name in hidden:
-        setattr(main, name, None)
-    try:
-        yield
-    finally:
-        for name, value in hidden.items():
-            setattr(main, name, value)
-        for name, text in before.items():
-            if text is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = text
 
 
 def _failures_path(store: Store) -> Place:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -75,6 +75,11 @@ class Plan:
     seconds: np.ndarray         # of each utterance with something to do, by header or manifest; 0 for the others
     bytes_needed: int
     bytes_free: int | None      # None: there is no telling, as of object stores
+    hashes: np.ndarray          # (utterances, 2) uint64 of the keys
+    sources: np.ndarray         # (utterances, 4) uint64: digests of their audio now, where `known`
+    known: np.ndarray           # bool
+    stored: np.ndarray          # bool: the store had the utterance, of whatever audio
+    seen: dict[str, frozenset[str]]  # of each feature: the segments there were
 
     @property
     def utterances(self) -> int:
@@ -85,20 +90,22 @@ class Plan:
         """Duration of the utterances with something to do."""
         return float(self.seconds.sum()) / 3600
 
-    def tasks(self, only: Collection[str] | None = None) -> Iterator[Task]:
-        """What is to be done, utterance by utterance; long recordings first, so that none is waited for at the end.
-
-        only: features to leave the others for later.
-        """
-        names = list(self.features)
-        todo = self.todo & np.array([only is None or name in only for name in names])
-        some = np.flatnonzero(todo.any(axis=1))
+    def order(self) -> np.ndarray:
+        """Positions of what is to be done: long recordings first, so that none is waited for at the end."""
+        some = np.flatnonzero(self.todo.any(axis=1))
         long = self.seconds[some] > LONG_S
-        for i in (*some[long][np.argsort(-self.seconds[some[long]], kind="stable")], *some[~long]):
-            utterance = self.corpus.utterances[i]
-            wanted = tuple(names[j] for j in np.flatnonzero(todo[i]))
-            yield Task(utterance.key, place(self.corpus, utterance), utterance.start_s, utterance.end_s, wanted,
-                       float(self.seconds[i]))
+        return np.concatenate([some[long][np.argsort(-self.seconds[some[long]], kind="stable")], some[~long]])
+
+    def task(self, position: int, names: tuple[str, ...]) -> Task:
+        """Some features of one utterance."""
+        utterance = self.corpus.utterances[position]
+        return Task(utterance.key, place(self.corpus, utterance), utterance.start_s, utterance.end_s, names,
+                    float(self.seconds[position]))
+
+    def done_by(self, records: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Which of `records`, committed since and of the utterances at `positions`, are made from the audio of now."""
+        same = self.known[positions] & (records["source"] == self.sources[positions]).all(axis=1)
+        return same | ~(self.known | self.stored)[positions]
 
 
 def plan(corpus: Corpus, store: Store | None, extractors: Mapping[str, Extractor | Spec], *, replace: bool = False,
@@ -114,7 +121,7 @@ def plan(corpus: Corpus, store: Store | None, extractors: Mapping[str, Extractor
     features = {name: _feature_plan(name, extractor) for name, extractor in extractors.items()}
     held = {name: _held(store, item, replace, refuse) for name, item in features.items()}
     hashes = hash_keys([utterance.key for utterance in corpus.utterances])
-    sources, known, renewed = _sources(corpus, store, hashes, rehash)
+    sources, known, stored, renewed = _sources(corpus, store, hashes, rehash)
     todo = np.zeros((len(corpus), len(features)), bool)
     failed = {(failure.utterance, failure.feature) for failure in failures}
     for column, (name, item) in enumerate(features.items()):
@@ -126,7 +133,10 @@ def plan(corpus: Corpus, store: Store | None, extractors: Mapping[str, Extractor
         item.bytes = int(_bytes_of(item.spec, seconds[todo[:, column]]))
     needed = sum(item.bytes for item in features.values()) + len(some) * UTTERANCE_BYTES
     free = storage.free_bytes(store.path) if store is not None else None
-    return Plan(corpus, features, todo, renewed, _orphans(store, hashes), seconds, needed, free)
+    seen = {name: frozenset(segment.id for segment in feature.segments) if feature is not None else frozenset()
+            for name, feature in held.items()}
+    return Plan(corpus, features, todo, renewed, _orphans(store, hashes), seconds, needed, free, hashes, sources, known,
+                stored, seen)
 
 
 def place(corpus: Corpus, utterance: Utterance) -> str:
@@ -202,21 +212,23 @@ def _set_failed(item: FeaturePlan, corpus: Corpus, todo: np.ndarray, failed: set
 
 
 def _sources(corpus: Corpus, store: Store | None, hashes: np.ndarray,
-             rehash: bool) -> tuple[np.ndarray, np.ndarray, dict[int, tuple[bytes, int]]]:
-    """Digest of each utterance's audio `(n, 4)` uint64, whether it is known, and the records to be renewed.
+             rehash: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, tuple[bytes, int]]]:
+    """Digest of each utterance's audio `(n, 4)` uint64, whether it is known, whether the store has the utterance, and
+    the records to be renewed.
 
     New utterances are hashed when they are decoded; of known ones only those whose size, time or fields changed.
     """
     count = len(corpus)
-    sources, known = np.zeros((count, 4), np.uint64), np.zeros(count, bool)
+    sources, known, stored = np.zeros((count, 4), np.uint64), np.zeros(count, bool), np.zeros(count, bool)
     renewed: dict[int, tuple[bytes, int]] = {}
     if store is None:
-        return sources, known, renewed
+        return sources, known, stored, renewed
     index = store.utterances.index
     at = index.positions(hashes)
-    there = np.flatnonzero(at >= 0)
+    stored = at >= 0
+    there = np.flatnonzero(stored)
     if not len(there):
-        return sources, known, renewed
+        return sources, known, stored, renewed
     now = np.array([_stamp_now(corpus, corpus.utterances[i]) for i in there], np.uint64)
     same = (index.records["stamp"][at[there]] == now) & (now != 0)
     if rehash:
@@ -230,7 +242,7 @@ def _sources(corpus: Corpus, store: Store | None, hashes: np.ndarray,
             record = index.records[at[i]]
             if digest == record["source"].tobytes() and (mark == 0 or mark != int(record["stamp"])):
                 renewed[i] = digest, mark
-    return sources, known, renewed
+    return sources, known, stored, renewed
 
 
 def _mark(corpus: Corpus, utterance: Utterance) -> int:

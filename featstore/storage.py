@@ -111,6 +111,22 @@ def put(path: Place, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def overwrite(path: Place, data: bytes) -> None:
+    """Write a small file in place, and its folder if there is none: for hints, which a crash may take."""
+    if isinstance(path, ObjectPath):
+        path.put(data)
+        return
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+
+
+def remove_if_empty(folder: Place) -> None:
+    """Remove a folder unless there is something in it."""
+    if isinstance(folder, Path):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def commit_document(path: Place, record: dict[str, Any]) -> None:
     """`put_document` for a name that nobody else makes; CorruptSegment if it is taken all the same."""
     if isinstance(path, Path):

@@ -536,10 +536,11 @@ def _say_report(report: Report, store: Path, as_json: bool) -> None:
     if report.interrupted:
         display.say(f"Interrupted: {report.fresh + report.done:,} of {report.utterances:,} utterances done and kept. "
                     "The same command goes on from here.")
-    elif report.done:
+    elif report.done or report.elsewhere:
+        others = f"; {report.elsewhere:,} were done by other processes" if report.elsewhere else ""
         pace = f", {report.elapsed_s / report.audio_s:.3f} x real time" if report.audio_s else ""
         display.say(f"{report.done:,} utterances, {display.length(report.audio_s)} of audio in "
-                    f"{display.length(report.elapsed_s)}{pace}; {report.fresh:,} were fresh.")
+                    f"{display.length(report.elapsed_s)}{pace}; {report.fresh:,} were fresh{others}.")
     else:
         display.say(f"Nothing to do: all {report.fresh:,} utterances are fresh.")
     display.flags(report.flags)

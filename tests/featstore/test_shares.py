@@ -1,12 +1,15 @@
-"""Processes that share a corpus: shards that all of them can tell alone."""
+"""Processes that share a corpus: shards that all of them can tell alone, and notes of who is at what."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +18,12 @@ import soundfile as sf
 from corpora import ROOTS, age, contents, make_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import Mean
+from toys import Counted, Mean
 
 import featstore as fs
 from featstore import storage
 from featstore.corpus import Corpus, Utterance
-from featstore.shares import shard_named
+from featstore.shares import EXPIRY_S, Share, shard_named
 from featstore.store import open_or_create
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(ROOTS)}
@@ -148,3 +151,163 @@ def test_lines_of_several_processes_do_not_run_into_each_other(tmp_path: Path) -
     for thread in threads:
         thread.join()
     assert sorted(log.read_bytes().splitlines()[1:]) == [line.rstrip() for line in lines]
+
+
+def planned(folder: Path, path: Path, count: int = 40) -> tuple[fs.Plan, fs.Store]:
+    store = fs.create(path)
+    return fs.plan(fs.corpus(make_corpus(folder, count=count, seconds=0.05)), store, {"mean": Mean()}), store
+
+
+def drawn(share: Share) -> list[str]:
+    """Everything that a share gives out before it has to wait for others."""
+    bundles = share.bundles(["mean"], patient=True)
+    return [task.key for bundle in iter(lambda: next(bundles, None), None) for task in bundle or ()]
+
+
+def test_shares_of_one_plan_give_everything_out_once(tmp_path: Path) -> None:
+    plan, store = planned(tmp_path / "wavs", tmp_path / "s.zarr", count=100)
+    for seed in range(5):
+        shares = [Share(plan, store, f"{seed}-{number}") for number in range(4)]
+        bundles = [share.bundles(["mean"], patient=True) for share in shares]
+        found: list[str] = []
+        rng, waiting = random.Random(seed), set(range(4))
+        while waiting:
+            number = rng.choice(sorted(waiting))
+            bundle = next(bundles[number])
+            found += [task.key for task in bundle or ()]
+            waiting -= {number} if bundle is None else set()
+        assert sorted(found) == [utterance.key for utterance in plan.corpus]
+        for share in shares:
+            share.close()
+    assert not (store.path / "spool").exists()
+
+
+def test_a_share_alone_goes_through_the_plan_from_its_start(tmp_path: Path) -> None:
+    plan, store = planned(tmp_path / "wavs", tmp_path / "s.zarr")
+    share = Share(plan, store, "alone")
+    assert drawn(share) == [plan.corpus.utterances[i].key for i in plan.order()]
+    share.close()
+
+
+@pytest.mark.parametrize("how", ["its process is gone", "it is old and from another machine", "it is half written",
+                                 "it is about other features", "it is of another shard"])
+def test_a_note_does_not_count_if(tmp_path: Path, how: str) -> None:
+    plan, store = planned(tmp_path / "wavs", tmp_path / "s.zarr")
+    first = Share(plan, store, "first", (1, 2) if "shard" in how else None)
+    held = [task.key for task in next(first.bundles(["mean"], patient=True)) or ()]
+    note = next((store.path / "spool").iterdir())
+    text = json.loads(note.read_text())
+    if "gone" in how:
+        done = subprocess.Popen([sys.executable, "-c", ""])
+        done.wait()
+        note.write_text(json.dumps(text | {"pid": done.pid}))
+    elif "machine" in how:
+        note.write_text(json.dumps(text | {"host": "another"}))
+    elif "half" in how:
+        note.write_text(json.dumps(text)[:-9])
+    elif "features" in how:
+        note.write_text(json.dumps(text | {"features": ["0123456789abcdef"]}))
+    second = Share(plan, store, "second", (2, 2) if "shard" in how else None)
+    if "machine" in how:
+        assert not set(held) & set(drawn(second))  # it counts while it is young
+        old = time.time() - EXPIRY_S - 10
+        os.utime(note, (old, old))
+        assert set(held) <= set(drawn(second))
+    else:
+        assert len(drawn(second)) == 40
+
+
+def test_what_another_process_commits_is_not_given_out(tmp_path: Path) -> None:
+    plan, store = planned(tmp_path / "wavs", tmp_path / "s.zarr")
+    fs.extract(fs.shard(plan.corpus, 1, 2), store, {"mean": Mean()}, workers=0)
+    share = Share(plan, store, "late")
+    assert len(drawn(share)) == 20 and share.elsewhere == 20
+    assert share.elsewhere_s == pytest.approx(20 * 0.05)
+
+
+def test_rows_of_the_audio_before_are_no_reason_to_leave_a_recording_out(tmp_path: Path) -> None:
+    folder, store = make_corpus(tmp_path / "wavs", count=4), fs.create(tmp_path / "s.zarr")
+    fs.extract(fs.corpus(folder), store, {"mean": Mean()}, workers=0)
+    old = store["spk0/u000", "mean"].read()
+    sf.write(folder / "spk0" / "u000.wav", np.random.default_rng(9).uniform(-0.5, 0.5, 8000), 16000)
+    plan = fs.plan(fs.corpus(folder), store, {"mean": Mean()})
+    with store.writer() as writer:
+        writer.write("spk0/u000", "mean", old)
+    share = Share(plan, store, "after")
+    assert drawn(share) == ["spk0/u000"]
+
+
+HANG = """
+import sys, time
+import featstore as fs
+from toys import Mean
+fs.extract(fs.corpus(sys.argv[1]), fs.open(sys.argv[2]), {"mean": Mean()}, workers=0,
+           progress=lambda progress: time.sleep(300))
+"""
+
+
+def test_what_a_killed_process_was_at_falls_to_one_that_waits_for_it(tmp_path: Path) -> None:
+    folder, store = make_corpus(tmp_path / "wavs", count=20), fs.create(tmp_path / "s.zarr")
+    process = subprocess.Popen([sys.executable, "-c", HANG, str(folder), str(store.path)], env=ENVIRONMENT)
+    while not list(store.path.glob("spool/*")):
+        time.sleep(0.02)
+    seen: list[int] = []
+
+    def kill(progress: fs.Progress) -> None:
+        seen.append(progress.done)
+        if progress.done == 4 and process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    report = fs.extract(fs.corpus(folder), store, {"mean": Mean()}, workers=0, progress=kill)
+    assert 4 in seen and (report.done, report.elsewhere) == (20, 0)
+    assert len(store.features["mean"]) == 20 and not (store.path / "spool").exists()
+
+
+COUNTED = """
+import sys
+import featstore as fs
+from toys import Counted
+from featstore.store import open_or_create
+report = fs.extract(fs.corpus(sys.argv[1]), open_or_create(sys.argv[2]), {"counted": Counted(wait_s=0.01,
+                    marks=sys.argv[3])}, workers=int(sys.argv[4]), commit_every_s=float(sys.argv[5]))
+print(report.done, report.elsewhere, report.fresh, len(report.failures))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_four_processes_do_little_twice_and_the_store_is_that_of_one(tmp_path: Path, workers: int) -> None:
+    folder, marks = make_corpus(tmp_path / "wavs", count=600, seconds=0.1), tmp_path / "marks"
+    command = [sys.executable, "-c", COUNTED, str(folder), str(tmp_path / "s.zarr"), str(marks), str(workers), "60"]
+    runs = [subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    reports = [[int(word) for word in run.communicate(timeout=120)[0].split()] for run in runs]
+    lines = [line.split()[0] for line in marks.read_text().splitlines()]
+    assert len(set(lines)) == 600 and len(lines) - 600 <= 0.05 * 600
+    assert [sum(report) for report in reports] == [600] * 4
+    assert sum(report[0] > 0 for report in reports) > 1
+    alone = fs.create(tmp_path / "alone.zarr")
+    fs.extract(fs.corpus(folder), alone, {"counted": Counted(wait_s=0.01, marks=str(tmp_path / "more"))}, workers=0)
+    store = fs.open(tmp_path / "s.zarr")
+    assert contents(store) == contents(alone) and dict(store.utterances) == dict(alone.utterances)
+    assert not (store.path / "spool").exists()
+
+
+@pytest.mark.slow
+def test_what_a_killed_run_loses_was_made_after_its_last_commit(tmp_path: Path) -> None:
+    folder, marks = make_corpus(tmp_path / "wavs", count=400, seconds=0.1), tmp_path / "marks"
+    command = [sys.executable, "-c", COUNTED, str(folder), str(tmp_path / "s.zarr"), str(marks), "0", "0.5"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    while not marks.exists() or len(marks.read_text().splitlines()) < 200:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    before = [line.split() for line in marks.read_text().splitlines()]
+    homes = list((tmp_path / "s.zarr" / "features").glob("counted/*/segments/*/zarr.json"))
+    last = max(home.stat().st_mtime_ns for home in homes)
+    kept = len(fs.open(tmp_path / "s.zarr").features["counted"])
+    assert kept >= sum(int(at) < last for _, _, at in before[:-1]) and kept > 0
+    assert len(homes) > 1
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(400 - kept), "0", str(kept), "0"]
+    assert len(marks.read_text().splitlines()) == len(before) + 400 - kept
