@@ -11,7 +11,7 @@ it was listed is looked for before the commit, and once more after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 
 from . import storage
 from .errors import CorruptSegment, DiskFull, FeatstoreError
-from .index import Index, drop_replaced, key_order, merge, read_catalogue, write_catalogue
+from .index import drop_replaced, key_order, write_catalogue
 from .segment import REMOVED, Segment
 from .storage import Place
 from .store import Collection, Store
@@ -128,12 +128,12 @@ class _Plan:
     def __init__(self, folder: Place, grace_s: float | None, spoilt: set[str] | None = None) -> None:
         self.folder, self.grace_s, self.spoilt = folder, grace_s, spoilt if spoilt is not None else set()
         thorough = grace_s is not None
-        self.segments = Collection(folder).segments
-        base = read_catalogue(folder, self.segments)
+        collection = Collection(folder)
         # of utterances the latest row answers, whatever others there are; of features the audio decides
-        self.index = (Index.build(self.segments, None, base) if folder.name == UTTERANCES
-                      else merge(self.segments, base))
-        kept = [s for s in drop_replaced(self.segments) if s.id not in self.spoilt]
+        self.index = collection.index() if folder.name == UTTERANCES else collection.merged()
+        self.segments = self.index.segments  # none that another replaces
+        self._listed = {segment.id for segment in collection.segments}
+        kept = [s for s in self.segments if s.id not in self.spoilt]
         self._weigh()
         place = {segment.id: number for number, segment in enumerate(self.segments)}
         full = [segment for segment in kept if self.rows[place[segment.id]]]
@@ -275,9 +275,8 @@ class _Plan:
         now, names = Collection(self.folder).segments, {segment.id for segment in inputs}
         return not names <= {s.id for s in now} or any(names & _replaced(s) for s in self._new(now))
 
-    def _new(self, now: list[Segment]) -> Iterator[Segment]:
-        known = {segment.id for segment in self.segments}
-        return (segment for segment in now if segment.id not in known)
+    def _new(self, now: Sequence[Segment]) -> Iterator[Segment]:
+        return (segment for segment in now if segment.id not in self._listed)
 
     def _outrun(self, merged: Segment) -> bool:
         """Whether another compaction did the same with tombstones between the last look and the commit. It may have
@@ -309,7 +308,7 @@ class _Plan:
     def _names(self, inputs: list[Segment]) -> list[str]:
         """What a segment in place of `inputs` replaces: them, and what they had replaced as far as anything still
         knows of it."""
-        known = {segment.id for segment in self.segments}
+        known = self._listed | {segment.id for segment in self.segments}
         known |= {name for _, facts in catalogues(self.folder) for name in facts["segments"]}
         names = [name for s in inputs for name in (s.id, *s.facts.get("replaces", ()))]
         return [name for name in dict.fromkeys(names) if name in known]
@@ -399,10 +398,9 @@ def _rows_of(records: np.ndarray) -> list[tuple[Any, ...]]:
 
 
 def _leave_catalogue(folder: Place) -> None:
-    segments = Collection(folder).segments
-    base = read_catalogue(folder, segments)
-    if segments and (base is None or len(base.segments) < len(segments)):
-        write_catalogue(folder, merge(segments, base))
+    collection = Collection(folder)
+    if collection.segments and (collection.catalogue is None or collection.uncatalogued):
+        write_catalogue(folder, collection.merged())
 
 
 def _count(folder: Place, done: Compacted, *, before: bool) -> None:

@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from hashlib import blake2b
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,6 +125,23 @@ class SegmentWriter:
         self._note(key, hashes=(int(record["hash"]), int(record["tag"])), **kept, source=record["source"].tobytes(),
                    offset=offset, length=self.rows - offset)
 
+    def extend(self, segment: Segment, records: np.ndarray) -> None:
+        """Add rows of another segment as they are, generations included, in the order in which they lie there.
+
+        Neighbours are copied together. What fails on the way leaves rows without a record: discard the segment then.
+        """
+        if not len(records):
+            return
+        records = records[np.argsort(records["offset"], kind="stable")]
+        offset, length = records["offset"].astype(np.int64), records["length"].astype(np.int64)
+        breaks = np.flatnonzero(offset[1:] != offset[:-1] + length[:-1]) + 1
+        placed = np.cumsum(length) - length + self.rows
+        for first, stop in pairwise([0, *breaks.tolist(), len(records)]):
+            for block in segment.span(int(offset[first]), int(length[first:stop].sum())):
+                self._shards.write(_bytes_of(block, self.dtype))
+        self._records += _renumbered(records, placed, len(self._keys))
+        self._keys += segment.keys(records)
+
     def commit(self, attributes: dict[str, Any]) -> None:
         """Make the segment visible: data, folders, then its document, each synced before the next.
 
@@ -143,13 +162,8 @@ class SegmentWriter:
 
     def _commit(self, attributes: dict[str, Any]) -> None:
         _put_frames(self._home / "frames", self._shards, self._shards.finish())
-        index = np.frombuffer(bytes(self._records), np.uint8).reshape(len(self), RECORD.itemsize)
-        keys = np.frombuffer(bytes(self._keys), np.uint8)
-        put_plain(self._home / "index", index, ["row", "byte"])
-        put_plain(self._home / "keys", keys, ["byte"])
-        facts = {"rows": len(self), "frames": self.rows, "bytes": self.size,
-                 "index_crc32c": google_crc32c.value(bytes(self._records)),
-                 "keys_crc32c": google_crc32c.value(bytes(self._keys))}
+        found = _put_index(self._home, bytes(self._records), bytes(self._keys))
+        facts: dict[str, Any] = {"rows": found.pop("rows"), "frames": self.rows, "bytes": self.size} | found
         if not self._shards.encoding.raw:
             facts |= {"codec": self._shards.encoding.name, "stored": self._shards.stored}
         if self._home == self.folder:
@@ -243,10 +257,19 @@ class Segment:
     def key_blob(self) -> bytes:
         return self._plain("keys", "keys_crc32c", None)
 
+    def taken(self) -> np.ndarray:
+        """Its records, to be changed and kept; they are not kept here as well."""
+        return self.__dict__.pop("records", None) if "records" in self.__dict__ else self.records
+
     def key(self, record: np.void) -> str:
         """The utterance of a record."""
         start = int(record["key_offset"])
         return self.key_blob[start:start + int(record["key_length"])].decode()
+
+    def keys(self, records: np.ndarray) -> bytes:
+        """The keys of some records, one after the other."""
+        places = zip(records["key_offset"].tolist(), records["key_length"].tolist(), strict=True)
+        return b"".join([self.key_blob[start:start + length] for start, length in places])
 
     @cached_property
     def layout(self) -> Layout:
@@ -332,10 +355,13 @@ class Segment:
 
     def blocks(self, record: np.void, rows: int | None = None) -> Iterator[np.ndarray]:
         """The frames of a record in pieces of at most `rows` (None: of about 8 MiB)."""
-        offset, length = int(record["offset"]), int(record["length"])
+        return self.span(int(record["offset"]), int(record["length"]), rows)
+
+    def span(self, offset: int, count: int, rows: int | None = None) -> Iterator[np.ndarray]:
+        """Rows `[offset, offset + count)` of the frames array, in pieces."""
         rows = rows or max(1, BLOCK_BYTES // self.layout.row_bytes)
-        for start in range(0, length, rows):
-            out = self.layout.empty(min(rows, length - start))
+        for start in range(0, count, rows):
+            out = self.layout.empty(min(rows, count - start))
             self.read(offset + start, out)
             yield out
 
@@ -400,6 +426,69 @@ def encoding_of(segments: Sequence[Segment], dtype: np.dtype) -> Encoding:
     return named(segments[-1].codec, dtype) if segments else RAW
 
 
+def link(folder: Place, parts: Sequence[Segment], records: np.ndarray, attributes: dict[str, Any]) -> int:
+    """Commit a segment that holds rows of others without copying them: their shards, by hard links. Returns its bytes.
+
+    Where the last shard of a part is short, the array goes on with the next shard: the rows between are absent, as in
+    any sparse Zarr array, and no record names them. records: of the rows, `segment` being the number of their part.
+
+    Raises:
+        OSError: there are no hard links (objects, some file systems), or the parts' arrays are of different shapes;
+            nothing is committed.
+    """
+    documents = [storage.read_document(part.folder / "frames" / "zarr.json") for part in parts]
+    shapes = [document.pop("shape") for document in documents]
+    filled = [part.layout.rows_in_shards() for part in parts]
+    alike = [document | {"attributes": {}} for document in documents]
+    if not isinstance(folder, Path) or parts[0].layout.encoding is None or any(one != alike[0] for one in alike):
+        raise OSError(errno.EOPNOTSUPP, f"the shards of {parts[0].folder} and others cannot be linked in {folder}")
+    first = np.cumsum([0, *map(len, filled)])
+    rows = int(first[-1] - 1) * parts[0].layout.shard_rows + filled[-1][-1]
+    placed = {"shape": [rows, *shapes[0][1:]], "attributes": {"rows_in_shards": list(chain.from_iterable(filled))}}
+    with storage.disk_room(folder):
+        (folder / "frames").mkdir(parents=True)
+        _put_json(folder / "frames", documents[0] | placed)
+        made = Layout(folder / "frames")
+        for part, start, counts in zip(parts, first.tolist(), filled, strict=False):
+            for number in range(len(counts)):
+                path = Path(made.shard_path(start + number))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.hardlink_to(part.layout.shard_path(number))
+        index, keys = bytearray(), bytearray()
+        for number, part in enumerate(parts):
+            mine = records[records["segment"] == number]
+            index += _renumbered(mine, mine["offset"] + np.uint64(first[number] * made.shard_rows), len(keys))
+            keys += part.keys(mine)
+        facts: dict[str, Any] = _put_index(folder, bytes(index), bytes(keys))
+        storage.sync_tree(folder)
+        storage.sync_folder(folder.parent)
+        for number in range(int(first[-1])):
+            made.check(number)
+        frames = sum(map(sum, filled))
+        facts |= {"frames": frames, "bytes": frames * made.row_bytes, "links": [part.id for part in parts]}
+        if not parts[0].layout.direct:
+            facts |= {"codec": parts[0].codec, "stored": sum(part.stored for part in parts)}
+        storage.commit_document(folder / "zarr.json", group(attributes | facts))
+    return frames * made.row_bytes
+
+
+def _renumbered(records: np.ndarray, offsets: np.ndarray, key_offset: int) -> bytes:
+    """Records for the index of another segment, where their rows lie at `offsets` and their keys from `key_offset`."""
+    records = records.copy()
+    lengths = records["key_length"].astype(np.uint64)
+    records["offset"], records["key_offset"] = offsets, np.cumsum(lengths) - lengths + np.uint64(key_offset)
+    records["segment"] = records["newest"] = 0
+    return records.tobytes()
+
+
+def _put_index(folder: Path, records: bytes, keys: bytes) -> dict[str, int]:
+    """Write the index and the keys of a segment; what its document says of them."""
+    rows = len(records) // RECORD.itemsize
+    put_plain(folder / "index", np.frombuffer(records, np.uint8).reshape(rows, RECORD.itemsize), ["row", "byte"])
+    put_plain(folder / "keys", np.frombuffer(keys, np.uint8), ["byte"])
+    return {"rows": rows, "index_crc32c": google_crc32c.value(records), "keys_crc32c": google_crc32c.value(keys)}
+
+
 class Layout:
     """How the `frames` array of a segment lies on disk; tells whether its bytes can be read without Zarr."""
 
@@ -413,6 +502,7 @@ class Layout:
         self.shard_rows = document["chunk_grid"]["configuration"]["chunk_shape"][0]
         self.encoding: Encoding | None = None  # of inner chunks; None: zarr reads them
         self.tables: dict[int, np.ndarray] = {}  # of encoded shards that were checked: offset and size of each chunk
+        self._linked: list[int] | None = document["attributes"].get("rows_in_shards")
         codec = document["codecs"][0]
         if len(document["codecs"]) == 1 and codec["name"] == "sharding_indexed":
             inner = codec["configuration"]
@@ -428,13 +518,20 @@ class Layout:
     def shard_path(self, number: int) -> str:
         return str(self.folder / "c" / (f"{number}/0" if len(self.shape) == 2 else f"{number}"))
 
+    def rows_in_shards(self) -> list[int]:
+        """How many rows each shard holds: as many as fit, but for the last one (of each part that `link` joined)."""
+        if self._linked is not None:
+            return self._linked
+        whole, rest = divmod(self.shape[0], self.shard_rows)
+        return [self.shard_rows] * whole + [rest] * (rest > 0)
+
     def check(self, number: int) -> str:
         """The path of a shard whose size is right and whose index places the inner chunks one after the other.
 
         Raises FileNotFoundError where it is missing, CorruptSegment where it is anything else.
         """
         path = self.shard_path(number)
-        rows = min(self.shape[0] - number * self.shard_rows, self.shard_rows)
+        rows = self.rows_in_shards()[number]
         chunks, per_shard = -(-rows // self.inner_rows), self.shard_rows // self.inner_rows
         raw = shard_index([self.inner_rows * self.row_bytes] * chunks, per_shard)
         size = storage.place(path).stat().st_size

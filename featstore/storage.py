@@ -175,6 +175,8 @@ def make_folders(root: Place, folder: Place) -> None:
 def names(folder: Place) -> list[str]:
     """The names in a folder, sorted; none where there is no folder. One request where it holds objects."""
     try:
+        if isinstance(folder, Path):
+            return sorted(os.listdir(folder))  # noqa: PTH208 (100,000 names: no 100,000 paths)
         return sorted(entry.name for entry in folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []

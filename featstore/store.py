@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from .errors import (
     StaleFeature,
     nearest,
 )
-from .index import Index, drop_replaced, read_catalogue
+from .index import Collection, Index, drop_replaced
 from .segment import BLOCK_BYTES, Segment, group
 from .spec import NAME, Spec
 from .storage import Place
@@ -41,6 +42,8 @@ FORMAT = 1
 COMMIT_S = 60.0
 MAKING_S = 2.0  # how long an empty folder may be a store that another process is making
 SAME = ["generation", "length", "checksum"]  # of two records of one key: they hold the same array
+_PIECE_BYTES = 8 << 20  # of utterances' records read at once
+_SPEAKERS_OF = 20_000   # utterances whose speakers a repr counts
 
 
 @dataclass(frozen=True)
@@ -87,30 +90,6 @@ class Why:
     state: str
     differs: dict[str, tuple[Any, Any]]
     reason: str
-
-
-class Collection:
-    """The segments of one kind of row: the utterances, or one identity of a feature."""
-
-    def __init__(self, folder: Place, *, mapped: bool = False) -> None:
-        self.folder, self.mapped = folder, mapped
-        home = folder / "segments"
-        listed = [Segment(home / name, mapped=mapped) for name in storage.names(home) if _SEGMENT.fullmatch(name)]
-        there = storage.concurrently(folder, lambda segment: segment.committed, listed)
-        self.segments = [segment for segment, committed in zip(listed, there, strict=True) if committed]
-
-    def again(self) -> Collection:
-        """As it is now."""
-        return Collection(self.folder, mapped=self.mapped)
-
-    def index(self, current: Any = None) -> Index:
-        """The rows that answer, as of when this collection was listed; FileNotFoundError if a segment is gone since."""
-        base = read_catalogue(self.folder, self.segments)
-        if not isinstance(self.folder, Path):
-            known = {segment.id for segment in base.segments} if base is not None else set()
-            storage.concurrently(self.folder, lambda segment: segment.records,
-                                 (segment for segment in drop_replaced(self.segments) if segment.id not in known))
-        return Index.build(self.segments, current, base)
 
 
 class Row:
@@ -267,8 +246,14 @@ class Feature(Mapping[str, "Row"]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of frames on disk, superseded rows included."""
-        return sum(segment.stored for segment in self._collection.segments)
+        """Bytes of frames on disk, superseded rows included; what is linked counts once."""
+        sizes: dict[str, int] = {}
+        linked: set[str] = set()
+        for segment in self.segments:
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                sizes[segment.id] = segment.stored
+                linked.update(segment.facts.get("links", ()))
+        return sum(size for name, size in sizes.items() if name not in linked)
 
     @property
     def codec(self) -> str:
@@ -276,7 +261,7 @@ class Feature(Mapping[str, "Row"]):
         return "+".join(sorted({s.codec for s in drop_replaced(self.segments) if s.facts["frames"]})) or "raw"
 
     @property
-    def segments(self) -> list[Segment]:
+    def segments(self) -> Sequence[Segment]:
         """All committed segments, those replaced by another included."""
         return self._collection.segments
 
@@ -382,7 +367,7 @@ class Utterances(Mapping[str, StoredUtterance]):
         return float(self.index.records["seconds"][self.index.live].sum()) / 3600
 
     def speakers(self) -> set[str]:
-        """The names of all speakers. Reads the records in one go, so that a repr stays quick for many utterances."""
+        """The names of all speakers. Reads every record: seconds for a million utterances."""
         try:
             return self._speakers()
         except FileNotFoundError:
@@ -398,17 +383,20 @@ class Utterances(Mapping[str, StoredUtterance]):
             yield StoredUtterance.from_json(facts, source.hex())
 
     def _facts(self) -> Iterator[tuple[dict[str, Any], bytes]]:
-        live = self.index.records[self.index.live]
-        for number, segment in enumerate(self.index.segments):
-            rows = live[live["segment"] == number]
-            if not len(rows):
-                continue
-            data = segment.layout.empty(segment.layout.shape[0])
-            segment.read(0, data)
-            text = data.tobytes()
-            for start, length, source in zip(rows["offset"].tolist(), rows["length"].tolist(), rows["source"],
-                                             strict=True):
-                yield json.loads(text[start:start + length]), source.tobytes()
+        """The record and the source of each, read in pieces that lie together."""
+        index, live = self.index, np.flatnonzero(self.index.live)
+        segment, offset, length = (index.records[name][live].astype(np.int64) for name in
+                                   ("segment", "offset", "length"))
+        order = np.lexsort((offset, segment))
+        segment, offset, length = segment[order], offset[order], length[order]
+        apart = (segment[1:] != segment[:-1]) | (offset[1:] // _PIECE_BYTES != offset[:-1] // _PIECE_BYTES)
+        for first, stop in pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(live)] if len(live) else []):
+            held, part, start = index.segments[int(segment[first])], slice(first, stop), int(offset[first])
+            data = held.layout.empty(int(offset[stop - 1] + length[stop - 1]) - start)
+            held.read(start, data)
+            text, sources = data.tobytes(), index.records["source"][live[order[part]]]
+            for at, count, source in zip((offset[part] - start).tolist(), length[part].tolist(), sources, strict=True):
+                yield json.loads(text[at:at + count]), source.tobytes()
 
     def _look_again(self) -> Index:
         self._collection = self._collection.again()
@@ -550,7 +538,8 @@ class Store:
         return (at >= 0) & (index.records["source"][at] == records["source"]).all(axis=1)
 
     def __repr__(self) -> str:
-        speakers, count = len(self.utterances.speakers()), len(self.utterances)
+        count = len(self.utterances)
+        speakers = len(self.utterances.speakers()) if count <= _SPEAKERS_OF else 0  # a repr may not take seconds
         people = f", {speakers} speaker{'s' * (speakers != 1)}" if speakers else ""
         names = " ".join(self.features) or "no features"
         hours = self.utterances.hours
@@ -659,7 +648,6 @@ def brief(value: Any) -> Any:
 
 
 _FOLLOWS = ("centre_s", "frame_rate", "window", "dim")  # from what was chosen; said only where nothing else differs
-_SEGMENT = re.compile(r"[0-9a-f]{16}-[0-9a-f]{12}")
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
@@ -13,16 +15,19 @@ import numpy as np
 from . import storage
 from .codecs import RAW, Encoding, named
 from .errors import BadRequest, DiskFull, IdentityMismatch, LengthMismatch, MissingUtterance, nearest
-from .index import Index, merge, read_catalogue, write_catalogue
-from .segment import NO_SOURCE, Segment, SegmentWriter, encoding_of, group
+from .index import Collection, Index, drop_catalogues, merge, write_catalogue
+from .segment import NO_SOURCE, SHARD_BYTES, Segment, SegmentWriter, encoding_of, group, link
 from .spec import NAME, Spec, canonical
 from .storage import Place
-from .store import Collection, Feature, Store, claim, feature_names, make_group, mismatch, read_served, serve
+from .store import Feature, Store, claim, feature_names, make_group, mismatch, read_served, serve
 
 COMMIT_BYTES = 256 << 20
-FOLD_BYTES = 64 << 20   # a writer's own segments below this size are folded into one
-FOLD_COUNT = 16
+FOLD_COUNT = 10           # a writer's own segments of one size class that are folded into one of the next
+FOLD_BYTES = 64 << 20     # those below this size are folded at the end of its run, whatever their class
+LINK_BYTES = SHARD_BYTES  # those that are not below it are folded by links to their shards, without copying
 CATALOGUE_SEGMENTS, CATALOGUE_ROWS = 64, 50_000  # beyond these a writer leaves a catalogue behind
+CATALOGUE_CHEAP = 2_000_000  # rows: up to here (300 MB) each time anew
+CATALOGUE_SHARE = 16         # beyond, once one row in so many is new
 SLACK_S = 0.1           # a feature may differ from its audio by this and one frame
 KEY_BYTES = 500
 
@@ -37,7 +42,8 @@ class _Target:
         self.generations: dict[str, int] = {}
         self.removed: set[str] = set()
         self.segment: SegmentWriter | None = None
-        self.own: list[str] = []
+        self.own: dict[str, int] = {}  # bytes of frames
+        self.links = True              # until the file system refuses one
 
     def __contains__(self, key: str) -> bool:
         return key not in self.removed and (key in self.generations or self.index.find(key) is not None)
@@ -66,37 +72,70 @@ class _Target:
         self.generations[key] = generation
         self.removed.add(key)
 
-    def commit(self, replaces: Iterable[str] = (), provenance: Mapping[str, str] | None = None) -> None:
+    def commit(self, provenance: Mapping[str, str] | None) -> None:
         if self.segment is None:
             return
-        segment, replaces = self.segment, list(replaces)
-        if not len(segment) and not replaces:
+        segment = self.segment
+        if not len(segment):
             segment.discard()
         else:
-            segment.commit(self.facts | {"replaces": replaces, "provenance": dict(provenance or {})})
-            self.own.append(segment.folder.name)
+            segment.commit(self.facts | {"replaces": [], "provenance": dict(provenance or {})})
+            self.own[segment.folder.name] = segment.size
         self.segment = None  # not before: a full disk leaves the rows with their writer, to be committed later
 
     def fold(self, provenance: Mapping[str, str] | None) -> None:
-        """Copy this writer's own small segments into one that replaces them; every row keeps its generation."""
+        """Fold this writer's own segments of one size class wherever there are FOLD_COUNT of them.
+
+        The result is of the next class, so that a row is copied once a class, four times in all, and what has whole
+        shards never: those are linked. A run leaves fewer than FOLD_COUNT segments a class, 72 up to a terabyte.
+        """
+        classes: dict[int, list[str]] = {}
+        for name, size in self.own.items():
+            classes.setdefault(_size_class(size), []).append(name)
+        full = [number for number, names in classes.items() if len(names) >= FOLD_COUNT]
+        if full and self._fold(classes[min(full)], provenance):
+            self.fold(provenance)
+
+    def fold_all(self, provenance: Mapping[str, str] | None) -> None:
+        """At the end of a run: the small segments become one, those of whole shards another."""
+        self._fold([name for name, size in self.own.items() if size < FOLD_BYTES], provenance)
+        self._fold([name for name, size in self.own.items() if size >= LINK_BYTES], provenance)
+
+    def _fold(self, names: list[str], provenance: Mapping[str, str] | None) -> bool:
+        """Put a segment in the place of some of this writer's; every row keeps its generation."""
         home = self.folder / "segments"
-        small = [s for s in (Segment(home / name) for name in self.own) if s.facts["bytes"] < FOLD_BYTES]
-        if len(small) < 2:
-            return
-        folded, index = self.open(), merge(small)
+        parts = [Segment(home / name) for name in names if (home / name / "zarr.json").exists()]
+        if len(parts) < max(2, len(names)):
+            for name in set(names) - {part.id for part in parts}:  # compacted by somebody else
+                del self.own[name]
+            return False
+        large = min(self.own[name] for name in names) >= LINK_BYTES
+        if large and not self.links:
+            return False
+        home /= storage.new_id()
+        facts = self.facts | {"replaces": _all_replaced(parts), "provenance": dict(provenance or {})}
         try:
-            for record in index.records[np.lexsort((index.records["offset"], index.records["segment"]))]:
-                segment = small[int(record["segment"])]
-                folded.copy(segment.key(record), record, segment.blocks(record))
-            self.commit(replaces=_all_replaced(small), provenance=provenance)
+            size = link(home, parts, merge(parts).records, facts) if large else self._copy(home, parts, facts)
         except BaseException as error:
-            folded.discard()
-            self.segment = None
-            if not isinstance(error, DiskFull):  # what is to be folded is committed: it can stay as it is
+            with contextlib.suppress(OSError):
+                storage.remove_tree(home)
+            self.links &= not large
+            if not isinstance(error, OSError if large else DiskFull):
                 raise
-        else:
-            names = {segment.id for segment in small}
-            self.own = [name for name in self.own if name not in names]
+            return False  # what is to be folded is committed: it can stay as it is
+        self.own = {name: size for name, size in self.own.items() if name not in names} | {home.name: size}
+        return True
+
+    def _copy(self, home: Place, parts: list[Segment], facts: dict[str, Any]) -> int:
+        folded, records = SegmentWriter(home, self.dtype, self.dim, self.encoding), merge(parts).records
+        try:
+            for number, part in enumerate(parts):
+                folded.extend(part, records[records["segment"] == number])
+            folded.commit(facts)
+        except BaseException:
+            folded.discard()
+            raise
+        return folded.size
 
     def _next_generation(self, key: str) -> int:
         known = self.generations.get(key)
@@ -204,20 +243,19 @@ class Writer:
         """
         self._check_open()
         for target in self._targets():
-            target.commit(provenance=self._provenance)
-            if len(target.own) >= FOLD_COUNT:
-                target.fold(self._provenance)
+            target.commit(self._provenance)
+            target.fold(self._provenance)
         self._since = time.monotonic()
 
     def close(self, *, moved: bool = True) -> None:
-        """Commit, fold this writer's small segments, move replaced names (unless `moved` is False), leave a catalogue
+        """Commit, fold this writer's segments, move replaced names (unless `moved` is False), leave a catalogue
         where many segments or rows have gathered."""
         if self._closed:
             return
         self.commit()
         self._closed = True
         for target in self._targets():
-            target.fold(self._provenance)
+            target.fold_all(self._provenance)
         for name, identity in self._moves.items() if moved else ():
             serve(self.store.path, name, identity)
         for target in self._targets():
@@ -376,9 +414,20 @@ def _all_replaced(segments: list[Segment]) -> list[str]:
     return [name for segment in segments for name in (segment.id, *segment.facts.get("replaces", ()))]
 
 
+def _size_class(size: int) -> int:
+    """Each class is FOLD_COUNT times as large as the one before. Four are below 0, from which on they are linked."""
+    return max(-4, math.floor(math.log(max(size, 1) / LINK_BYTES, FOLD_COUNT)))
+
+
 def _leave_catalogue(target: _Target) -> None:
+    """Write a catalogue where it spares readers more than it costs: all of it is written anew."""
     collection = Collection(target.folder)
-    rows = sum(segment.facts["rows"] for segment in collection.segments)
-    if target.own and (len(collection.segments) > CATALOGUE_SEGMENTS or rows > CATALOGUE_ROWS):
-        base = read_catalogue(target.folder, collection.segments)
-        write_catalogue(target.folder, merge(collection.segments, base))
+    old, new = collection.catalogue, collection.uncatalogued
+    more = sum(segment.facts["rows"] for segment in new)
+    rows, segments = more + (old.rows if old is not None else 0), len(collection.segments)
+    worth = segments > CATALOGUE_SEGMENTS or rows > CATALOGUE_ROWS
+    if rows > CATALOGUE_CHEAP:
+        worth = more * CATALOGUE_SHARE > rows or len(new) > max(CATALOGUE_SEGMENTS, segments // CATALOGUE_SHARE)
+    if target.own and worth:
+        write_catalogue(target.folder, collection.merged())
+        drop_catalogues(target.folder)

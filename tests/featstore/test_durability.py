@@ -192,9 +192,10 @@ CHILD = """
 import os, sys
 from hashlib import blake2b
 import numpy as np, featstore as fs
-from featstore import writer
+from featstore import segment, writer
 os.fsync = lambda fd: None       # the page cache survives a kill; without syncs there are more moments to be killed in
 writer.FOLD_COUNT = 4
+segment.INNER_BYTES, segment.SHARD_BYTES, writer.LINK_BYTES = 512, 4096, 4096
 writer.CATALOGUE_ROWS = 5
 store, name, first = fs.open(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 spec = fs.Spec(made_by="mel", version=1, kind="continuous", frame_rate=50, dim=8, dtype="uint8")
@@ -229,7 +230,7 @@ def _kill_two(path: Path, wait_s: float, first: dict[str, int]) -> dict[str, int
     for name, child in running.items():
         out, err = child.communicate()
         assert child.returncode == -9 and not err, err
-        numbers = [int(line) for line in out.splitlines(keepends=True) if line.endswith("\n")]
+        numbers = [int(line) for line in out.splitlines(keepends=True) if line.endswith("\n") and line.strip()]
         last[name] = max([first[name] - 1, *numbers])
     return last
 

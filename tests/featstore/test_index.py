@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from featstore import index as indexes
 from featstore import segment as segments
-from featstore.index import Index, hash_keys, merge, read_catalogue, write_catalogue
+from featstore.index import Collection, Index, drop_catalogues, hash_keys, merge, read_catalogue, write_catalogue
 from featstore.segment import REMOVED, Segment, SegmentWriter, key_hashes
 from featstore.storage import new_id
 
@@ -209,3 +210,66 @@ def test_catalogue_is_mapped_not_loaded(catalogued):
     index = Index.build(parts, None, read_catalogue(folder, parts))
     assert isinstance(index.hashes.base, np.memmap) and isinstance(index.records.base, np.memmap)
     assert (index.records["flags"] & REMOVED == 0).all()
+
+
+def _listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """key -> (generation, audio) as a fresh reader finds it, with the catalogue that serves, if any."""
+    return {key: found[1:] for key, found in _found(Collection(folder).index()).items()}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_history_of_catalogues_folds_and_purges_changes_no_answer(tmp_path, seed):
+    chance, rows = random.Random(seed), {}
+    for step in range(25):
+        parts = [part for part in Collection(tmp_path).segments if part.id not in rows.get("replaced", ())]
+        event = chance.choice(["write", "write", "fold", "catalogue", "purge", "late"])
+        if event in ("write", "late"):
+            key, generation = chance.choice(KEYS), step + 1
+            part = _write(tmp_path, [(key, generation, chance.choice(["row", "row", "tombstone"]), step % 3)])
+            rows.setdefault("rows", []).append((key, generation, part.records["flags"][0] & REMOVED, step % 3))
+            if event == "late":                                       # begun a day before it was committed
+                part.folder.rename(part.folder.with_name("0000" + part.folder.name[4:]))
+        elif event == "fold" and len(parts) > 1:
+            chosen = chance.sample(parts, 2)
+            writer = SegmentWriter(tmp_path / "segments" / new_id(), "int32", 0)
+            for part in chosen:
+                writer.extend(part, part.records)
+            gone = [name for part in chosen for name in (part.id, *part.facts["replaces"])]
+            writer.commit({"replaces": gone})
+            rows.setdefault("replaced", set()).update(gone)
+        elif event == "catalogue":
+            write_catalogue(tmp_path, Collection(tmp_path).merged())
+            drop_catalogues(tmp_path)
+        elif event == "purge":
+            for name in list(rows.get("replaced", ())):
+                shutil.rmtree(tmp_path / "segments" / name, ignore_errors=True)
+        latest = {key: (generation, removed, audio) for key, generation, removed, audio in rows.get("rows", ())}
+        expected = {key: (found[0], found[2]) for key, found in latest.items() if not found[1]}
+        assert _listing(tmp_path) == expected, (step, event)
+
+
+def test_documents_of_catalogued_segments_are_not_read(tmp_path):
+    parts = [_write(tmp_path, [(key, 1, "row", 0)]) for key in KEYS]
+    write_catalogue(tmp_path, merge(parts))
+    _write(tmp_path, [("a", 2, "row", 1)])
+    for part in parts:
+        (part.folder / "zarr.json").write_text("never read")
+    assert _listing(tmp_path) == {key: (1, 0) for key in KEYS} | {"a": (2, 1)}
+
+
+def test_catalogue_serves_after_what_it_merged_was_replaced_and_purged(tmp_path):
+    parts = [_write(tmp_path, [("a", 1, "row", 0)]), _write(tmp_path, [("b", 1, "row", 0)])]
+    write_catalogue(tmp_path, merge(parts))
+    _write(tmp_path, [("a", 1, "row", 2)], replaces=[parts[0].id])
+    shutil.rmtree(parts[0].folder)
+    assert Collection(tmp_path).catalogue is not None
+    assert _listing(tmp_path) == {"a": (1, 2), "b": (1, 0)}
+    shutil.rmtree(parts[1].folder)                                    # which nothing replaces: it is lost
+    assert Collection(tmp_path).catalogue is None and _listing(tmp_path) == {"a": (1, 2)}
+
+
+def test_catalogue_removed_after_it_was_chosen_is_done_without(catalogued):
+    folder, _ = catalogued
+    chosen = Collection(folder)
+    shutil.rmtree(chosen.catalogue.home)
+    assert sorted(chosen.index().live_keys()) == ["a", "b"]
