@@ -167,3 +167,15 @@ def test_tensors_come_to_the_gpu_as_they_are(crops: fs.Batches) -> None:
     for number, batch in enumerate(loader(crops, workers=2, device="cuda", stop=20)):
         assert all(tensor.is_cuda for tensor in batch.values())
         assert same({name: tensor.cpu() for name, tensor in batch.items()}, crops[number])
+
+
+@pytest.mark.slow
+def test_the_example_learns(tmp_path: Path) -> None:
+    example = ROOT / "examples" / "own_training.py"
+    assert len(example.read_text().splitlines()) < 40
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines()]
+    assert len(losses) == 3 and losses[-1] < 0.75 * losses[0]
+    assert fs.open(tmp_path / "training.zarr").splits["main"].by == "speaker"
