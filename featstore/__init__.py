@@ -10,10 +10,11 @@ from .batches import Batches, crops, whole
 from .corpus import Corpus, Problem, Utterance, corpus
 from .extract import Progress, Report, extract, failures
 from .plan import Failure, FeaturePlan, Plan, plan, source_now
+from .row import Row
 from .shares import shard
 from .spec import Extractor, Spec
 from .splits import Split, split
-from .store import Feature, Row, Store, StoredUtterance, Why, create, open
+from .store import Feature, Store, StoredUtterance, Why, create, open
 from .view import View
 from .writer import Writer
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import storage
+from .codecs import Encoding
 from .errors import CorruptSegment, DiskFull, FeatstoreError
 from .index import drop_replaced, key_order, write_catalogue
 from .segment import REMOVED, Segment
@@ -89,15 +90,16 @@ def compact(store: Store, *, purge: bool = False, grace_s: float = GRACE_S,
     return done
 
 
-def steps(folder: Place, done: Compacted, *, purge: bool, grace_s: float) -> Iterator[str]:
+def steps(folder: Place, done: Compacted, *, purge: bool, grace_s: float,
+          encoding: Encoding | None = None) -> Iterator[str]:
     """Compact one collection; yields after each thing others can see or interfere with: list, read, commit, purge.
 
-    "read" comes for every row that was copied.
+    "read" comes for every row that was copied. encoding: instead, write what is encoded in another way, and that alone.
     """
     spoilt: set[str] = set()
     for attempt in range(ATTEMPTS):
         try:
-            plan = _Plan(folder, grace_s if purge else None, spoilt)
+            plan = _Plan(folder, grace_s if purge else None, spoilt, encoding)
         except FileNotFoundError as error:
             if attempt < ATTEMPTS - 1:
                 continue  # a segment was removed by another process while it was listed
@@ -122,11 +124,13 @@ class _Plan:
     """The segments of a collection as they are now, and which of them are to be written anew, together.
 
     groups: each becomes one segment with the rows of all. bare: those without a row that answers, which become one with
-    what tombstones there are. grace_s: None where what cannot answer may stay if it is little.
+    what tombstones there are. grace_s: None where what cannot answer may stay if it is little. encoding: see `steps`.
     """
 
-    def __init__(self, folder: Place, grace_s: float | None, spoilt: set[str] | None = None) -> None:
+    def __init__(self, folder: Place, grace_s: float | None, spoilt: set[str] | None = None,
+                 encoding: Encoding | None = None) -> None:
         self.folder, self.grace_s, self.spoilt = folder, grace_s, spoilt if spoilt is not None else set()
+        self.encoding = encoding
         thorough = grace_s is not None
         collection = Collection(folder)
         # of utterances the latest row answers, whatever others there are; of features the audio decides
@@ -136,9 +140,10 @@ class _Plan:
         kept = [s for s in self.segments if s.id not in self.spoilt]
         self._weigh()
         place = {segment.id: number for number, segment in enumerate(self.segments)}
-        full = [segment for segment in kept if self.rows[place[segment.id]]]
+        full = [segment for segment in kept if self.rows[place[segment.id]]
+                and (encoding is None or segment.codec != encoding.name)]
         self.groups = self._packed([place[segment.id] for segment in full], thorough)
-        self.bare = [place[segment.id] for segment in kept if not self.rows[place[segment.id]]]
+        self.bare = [place[s.id] for s in kept if not self.rows[place[s.id]]]
         moved = sum(int(self.tombstones[number]) for group in self.groups for number in group)
         dirty = any(self.dead[number] for number in self.bare) or (thorough and self._keys_of_tombstones())
         if not moved and len(self.bare) < 2 and not dirty:
@@ -203,6 +208,8 @@ class _Plan:
         return [group for group in groups if len(group) > 1 or self._wasteful(group[0], thorough)]
 
     def _wasteful(self, number: int, thorough: bool) -> bool:
+        if self.encoding is not None:
+            return True
         if thorough:
             return bool(self.dead[number] or self.tombstones[number])
         held = self.bytes_held[number]
@@ -249,7 +256,7 @@ class _Plan:
         """A segment of these rows in place of `numbers`; None if another process was quicker with one of them."""
         inputs = [self.segments[number] for number in numbers]
         try:
-            writer, facts = new_segment(self.folder, drop_replaced(self.segments))
+            writer, facts = new_segment(self.folder, drop_replaced(self.segments), self.encoding)
         except FileNotFoundError:
             return None  # the identity was removed
         try:

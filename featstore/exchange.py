@@ -20,7 +20,7 @@ from fractions import Fraction
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
@@ -28,8 +28,9 @@ from . import storage
 from .audio import not_regular
 from .errors import BadRequest, CorruptSegment, IdentityMismatch, MissingFeature, nearest
 from .plan import Failure
+from .row import Row
 from .spec import NAME, Kind, Spec, canonical, plain
-from .store import Feature, Row, Store
+from .store import Feature, Store
 from .upkeep import checked, chosen
 from .writer import Writer
 
@@ -525,9 +526,8 @@ def _percent(character: str) -> str:
 def _values(feature: Feature, key: str) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
     """The shape of a row, and its blocks as they are exported; its checksum is compared after the last."""
     row = feature[key]
-    record = feature.index.find(key)
-    stored = [row.read()[None]] if feature.kind == "global" else row.blocks()
-    blocks = checked(stored, cast(np.void, record), key, feature.name)
+    stored = [row.read()[None]] if feature.kind == "global" else row.stored()
+    blocks = (feature.decoded(block) for block in checked(stored, row.record, key, feature.name))
     if feature.kind == "samples":
         blocks = (block.astype(np.float32) * np.float32(row.scale) for block in blocks)
     return row.shape, blocks

@@ -22,8 +22,9 @@ import numpy as np
 
 from . import audio, storage
 from .errors import BadAudio, BadRequest, MissingFeature, MissingPackage
+from .row import Row
 from .spec import Spec
-from .store import Feature, Row, Store, StoredUtterance
+from .store import Feature, Store, StoredUtterance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

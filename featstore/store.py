@@ -19,15 +19,15 @@ import numpy as np
 from . import storage
 from .errors import (
     BadRequest,
-    CorruptSegment,
     MissingFeature,
     MissingUtterance,
     NotAStore,
-    StaleFeature,
     nearest,
 )
 from .index import Collection, Index, drop_replaced
-from .segment import BLOCK_BYTES, Segment, group
+from .int8 import Quantiser, is_int8
+from .row import Row
+from .segment import Segment, group
 from .spec import NAME, Spec
 from .storage import Place
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 COMMIT_S = 60.0
 MAKING_S = 2.0  # how long an empty folder may be a store that another process is making
-SAME = ["generation", "length", "checksum"]  # of two records of one key: they hold the same array
 _PIECE_BYTES = 8 << 20  # of utterances' records read at once
 _SPEAKERS_OF = 20_000   # utterances whose speakers a repr counts
 
@@ -92,99 +91,7 @@ class Why:
     reason: str
 
 
-class Row:
-    """One utterance's feature, read on demand: `row[100:200]` touches only those frames.
-
-    Arrays come as stored: `(T, D)`, `(T,)` where the spec's dim is 0, `(D,)` for kind "global". `scale` is 1 but for
-    waveforms that exceed full scale: stored x scale = value.
-
-    segments: those that the record counts, where they are not the ones of the feature's index.
-    """
-
-    def __init__(self, feature: Feature, key: str, record: np.void, segments: Sequence[Segment] | None = None) -> None:
-        self.feature, self.utterance, self._record = feature, key, record
-        self._segment = (feature.index.segments if segments is None else segments)[int(record["segment"])]
-        self._offset = int(record["offset"])
-        self.dtype = feature.dtype
-        self.scale = float(record["scale"])
-        channels = feature.channels
-        self.shape: tuple[int, ...] = channels if feature.kind == "global" else (int(record["length"]), *channels)
-
-    @property
-    def source(self) -> str:
-        """SHA-256 that names the audio it was made from; zeros if it was not made from audio."""
-        return self._record["source"].tobytes().hex()
-
-    def read(self, *, check: bool = False) -> np.ndarray:
-        """The whole array. With `check`, its checksum too: CorruptSegment names the utterance if it does not match."""
-        if check and self._checksum() != int(self._record["checksum"]):
-            raise CorruptSegment(f"{self.utterance}: {self.feature.name} does not match its checksum: its bytes in "
-                                 f"{self._segment.folder} changed after they were written. "
-                                 "featstore verify STORE --repair gives it up; extract makes it again.")
-        frames = self._frames(0, int(self._record["length"]))
-        return frames[0] if self.feature.kind == "global" else frames
-
-    def as_float(self) -> np.ndarray:
-        """The whole array as float32, `scale` applied."""
-        return self.read().astype(np.float32) * np.float32(self.scale)
-
-    def blocks(self, frames: int | None = None) -> Iterator[np.ndarray]:
-        """The frames in pieces of at most `frames` (None: of about 8 MiB), for what does not fit in memory."""
-        frames = frames or max(1, BLOCK_BYTES // (self.dtype.itemsize * max(1, self.feature.dim)))
-        length = int(self._record["length"])
-        return (self._frames(start, min(start + frames, length)) for start in range(0, length, frames))
-
-    def __len__(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-    def __getitem__(self, item: Any) -> Any:
-        if type(item) is slice and item.step is None and self.feature.kind != "global":  # what a crop asks for
-            start, stop, _ = item.indices(self.shape[0])
-            return self._frames(start, max(start, stop))
-        first, rest = (item[0], item[1:]) if isinstance(item, tuple) and item else (item, ())
-        if self.feature.kind == "global" or not isinstance(first, slice):
-            return self.read()[item]
-        start, stop, step = first.indices(len(self))
-        if step < 0:
-            return self.read()[item]
-        frames = self._frames(start, max(start, stop))
-        return frames[(slice(None, None, step), *rest)]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self.read().astype(dtype, copy=False) if dtype is not None else self.read()
-
-    def __repr__(self) -> str:
-        return f"<{self.feature.name} of {self.utterance}: {self.shape} {self.dtype}>"
-
-    def fill(self, start: int, out: np.ndarray) -> None:
-        """Read frames `[start, start + len(out))` into a contiguous array of the stored type."""
-        try:
-            self._segment.read(self._offset + start, out)
-        except FileNotFoundError:  # compacted away since the snapshot was taken: look once more
-            self._look_again()
-            self._segment.read(self._offset + start, out)
-
-    def _checksum(self) -> int:
-        try:
-            return self._segment.checksum(self._record)
-        except FileNotFoundError:
-            self._look_again()
-            return self._segment.checksum(self._record)
-
-    def _look_again(self) -> None:
-        now = self.feature.look_again(self.utterance, self._segment)
-        if now._record[SAME] != self._record[SAME] or now.source != self.source:
-            raise StaleFeature(f"{self.utterance}: {self.feature.name} was written anew since the store was "
-                               "opened, and the old one removed; open the store again")
-        self._record, self._segment, self._offset = now._record, now._segment, now._offset
-
-    def _frames(self, start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *self.feature.channels), self.dtype)
-        self.fill(start, out)
-        return out
-
-
-class Feature(Mapping[str, "Row"]):
+class Feature(Mapping[str, Row]):
     """One identity of a feature: what made it, and the rows of the utterances that have it, by key."""
 
     def __init__(self, store: Store, name: str, identity: str) -> None:
@@ -230,7 +137,26 @@ class Feature(Mapping[str, "Row"]):
 
     @cached_property
     def dtype(self) -> np.dtype:
+        """Of what is read. An int8 feature gives values of the type that it was made from."""
+        return self.stored_dtype if self.quantiser is None else self.quantiser.dtype
+
+    @cached_property
+    def stored_dtype(self) -> np.dtype:
+        """Of what is on disk."""
         return np.dtype(self.spec.dtype)
+
+    @cached_property
+    def quantiser(self) -> Quantiser | None:
+        """How int8 becomes values, where `pack` made it."""
+        return Quantiser.load(self.folder, self.spec) if is_int8(self.spec) else None
+
+    def decoded(self, stored: np.ndarray) -> np.ndarray:
+        """What frames that were read from the disk stand for."""
+        if self.quantiser is None:
+            return stored
+        out = np.empty(stored.shape, self.dtype)
+        self.quantiser.decode(stored, out)
+        return out
 
     @cached_property
     def index(self) -> Index:

@@ -32,11 +32,12 @@ from .errors import (
 )
 from .extract import forget
 from .index import Index, drop_replaced, hash_keys, merge, write_catalogue
+from .row import Row
 from .segment import REMOVED, Segment, SegmentWriter, encoding_of, group
 from .spec import Spec
 from .splits import copy_splits
 from .storage import Place
-from .store import Collection, Feature, Row, Store, create, make_group, read_served, serve
+from .store import Collection, Feature, Store, create, make_group, read_served, serve
 from .verify import (
     UTTERANCES,
     Damage,
@@ -330,7 +331,11 @@ def copy(src: Store, dst: str | Place, names: Sequence[str] | None = None, *,
     _check_room(target.path, total)
     with target.writer() as writer:
         for feature in features:
-            writer.declare(feature.name, feature.spec)
+            there = feature.short in target.identities(feature.name)  # then its own codec counts
+            codec = encoding_of(feature.segments, feature.stored_dtype).name
+            writer.declare(feature.name, feature.spec, codec=None if there else codec)
+            if feature.quantiser is not None:
+                feature.quantiser.save(target.path / "features" / feature.name / feature.short, feature.spec)
         rows, done = _copy_utterances(src, target, writer), 0
         for feature, records in zip(features, todo, strict=True):
             for record in records:
@@ -415,7 +420,11 @@ def _put_utterance(index: Index, record: np.void, writer: Writer) -> None:
 def _copy_row(src: Store, feature: Feature, record: np.void, writer: Writer) -> None:
     """Write a row; one that was made from other audio than the utterance's present audio keeps its own source."""
     key = feature.index.key(record)
-    row, known = Row(feature, key, record), src.utterances.index.find(key)
+    row = Row(feature, key, record)
+    if feature.quantiser is not None:
+        writer.derive(row, feature.name, checked(row.stored(), record, key, feature.name), stamp=int(record["stamp"]))
+        return
+    known = src.utterances.index.find(key)
     source = record["source"].tobytes()
     stale = known is None or known["source"].tobytes() != source
     if stale:
@@ -441,7 +450,7 @@ def checked(blocks: Iterable[np.ndarray], record: np.void, key: str, name: str) 
 
 
 def _row_bytes(feature: Feature) -> int:
-    return feature.dtype.itemsize * max(1, feature.dim)
+    return feature.stored_dtype.itemsize * max(1, feature.dim)
 
 
 def _check_room(path: Place, needed: int) -> None:

@@ -18,6 +18,7 @@ from .errors import (
     FeatstoreError,
 )
 from .index import Index, merge
+from .int8 import Quantiser, is_int8
 from .segment import Segment
 from .spec import Spec
 from .storage import Place
@@ -167,6 +168,7 @@ class Examined:
             self._check_document(folder / "zarr.json", "group", storage.read_document)
         if self._utterances is not None:
             self._check_document(self.folder / "zarr.json", "spec", read_spec)
+            self._check_document(self.folder / "zarr.json", "scale", _check_scale)
 
     def _check_document(self, path: Any, part: str, look: Callable[[Any], Any]) -> None:
         try:
@@ -214,6 +216,16 @@ def read_spec(path: Place) -> Spec:
     if spec.identity[:16] != path.parent.name:
         raise CorruptSegment(f"{path} has the spec of {spec.identity[:16]}, expected that of {path.parent.name}")
     return spec
+
+
+def _check_scale(path: Path) -> None:
+    """The arrays by which an int8 feature gives values; a spec that cannot be read is damage of its own."""
+    try:
+        spec = read_spec(path)
+    except (FeatstoreError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if is_int8(spec):
+        Quantiser.load(path.parent, spec)
 
 
 def trouble(segment: Segment, look: Callable[..., Any], *args: Any) -> str | None:

@@ -19,8 +19,8 @@ from featstore_align.conversion import Exact, Timing
 
 from .errors import BadRequest, MissingFeature, MissingUtterance, StaleFeature, nearest
 from .index import hash_keys
+from .row import SAME, Row
 from .segment import Segment, read_rows
-from .store import SAME, Row
 
 if TYPE_CHECKING:
     from .store import Feature, Store
@@ -111,13 +111,16 @@ class _Member:
             stored, places = out, [row[None] for row in out]
         else:
             stored, places = out, [row[:n] for row, n in zip(out, count, strict=True)]
-        return _Part(self, crops, rows, first, there, stored, places, out)
+        packed = self.feature.quantiser is not None
+        raw = [np.empty(place.shape, np.int8) for place in places] if packed else places
+        return _Part(self, crops, rows, first, there, stored, places, raw, out)
 
 
 @dataclass(frozen=True)
 class _Part:
     """What a batch reads of one feature: of every crop the frames from `first` on, into its place in `stored`, which is
-    `out` itself where nothing is left to do but to pad. there: frames of the whole row."""
+    `out` itself where nothing is left to do but to pad. there: frames of the whole row. raw: `places`, or for int8 what
+    is to be decoded into them."""
 
     member: _Member
     crops: _Crops
@@ -126,6 +129,7 @@ class _Part:
     there: np.ndarray
     stored: np.ndarray
     places: list[np.ndarray]
+    raw: list[np.ndarray]
     out: np.ndarray
 
     def wanted(self) -> Iterator[tuple[Segment, int, np.ndarray]]:
@@ -133,11 +137,15 @@ class _Part:
         segments = self.member.segments
         at = (self.rows["offset"].astype(np.int64) + self.first).tolist()
         return ((segments[number], offset, place)
-                for number, offset, place in zip(self.rows["segment"].tolist(), at, self.places, strict=True))
+                for number, offset, place in zip(self.rows["segment"].tolist(), at, self.raw, strict=True))
 
     def finish(self) -> None:
         """Make the crops of what was read, and pad what lies beyond their ends."""
         member, crops, out = self.member, self.crops, self.out
+        quantiser = member.feature.quantiser
+        for raw, place in zip(self.raw, self.places, strict=True) if quantiser is not None else ():
+            if raw is not place and quantiser is not None:
+                quantiser.decode(raw, place)
         if member.hop:
             self._samples()
         elif self.stored is not out and member.grids is not None:
@@ -283,6 +291,7 @@ class View(Mapping[str, Batch]):
         for part in parts:
             for number, first, place in zip(numbers, part.first.tolist(), part.places, strict=True):
                 part.member.row(number, self._keys[number]).fill(first, place)
+            part.raw[:] = part.places  # these are decoded
         self._members = [member.moved() for member in self._members]
 
     def _crops(self, items: Sequence[tuple[str, int]], frames: int) -> _Crops:

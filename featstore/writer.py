@@ -16,6 +16,7 @@ from . import storage
 from .codecs import RAW, Encoding, named
 from .errors import BadRequest, DiskFull, IdentityMismatch, LengthMismatch, MissingUtterance, nearest
 from .index import Collection, Index, drop_catalogues, merge, write_catalogue
+from .row import Row
 from .segment import NO_SOURCE, SHARD_BYTES, Segment, SegmentWriter, encoding_of, group, link
 from .spec import NAME, Spec, canonical
 from .storage import Place
@@ -212,6 +213,19 @@ class Writer:
         if self.due:
             self.commit()
         return length
+
+    def derive(self, row: Row, name: str, blocks: Iterable[np.ndarray], *, stamp: int) -> None:
+        """Add an array made from another row, in its blocks: it stems from that row's audio and has its scale.
+
+        stamp: what tells from which bytes it was made.
+        """
+        self._check_open()
+        spec = self._specs[name][0]
+        checked = (_checked(block, spec, row.utterance, name) for block in blocks)
+        self._features[name].append(row.utterance, _not_empty(checked, row.utterance, name),
+                                    source=bytes.fromhex(row.source), stamp=stamp, scale=row.scale)
+        if self.due:
+            self.commit()
 
     def delete(self, utterance: str, name: str | None = None) -> None:
         """Remove one feature of an utterance, or (name None) the utterance with all its features, every identity's."""

@@ -24,7 +24,7 @@ from .request import (
 )
 
 if TYPE_CHECKING:
-    from featstore import Extractor, Feature, Plan, Report, Split, Store, StoredUtterance
+    from featstore import Extractor, Feature, Plan, Report, Spec, Split, Store, StoredUtterance
 
 STORE = click.argument("store", type=click.Path(path_type=Path))
 CORPUS = click.argument("corpus", type=click.Path(path_type=Path, exists=True))
@@ -594,8 +594,12 @@ def _served(store: Store, feature: Feature) -> bool:
     return served is not None and served.short == feature.short
 
 
-def _settings(feature: Feature) -> str:
-    spec = feature.spec
+def _settings(spec: Spec) -> str:
+    from featstore.int8 import is_int8
+    from featstore.spec import Spec
+
+    if is_int8(spec):
+        return f"{spec.made_by} v{spec.version} of {_settings(Spec.from_json(spec.settings['of']))}"
     hidden = ("audio", "window")
     settings = [f"{name}={value}" for name, value in spec.settings.items() if name not in hidden and value != ""]
     weights = [f"weights={spec.weights.removeprefix('sha256:')[:9]}"] if spec.weights else []
@@ -605,8 +609,13 @@ def _settings(feature: Feature) -> str:
 def _info_row(store: Store, feature: Feature) -> list[str]:
     rate = f"{float(feature.frame_rate):g} Hz" if feature.frame_rate else "-"
     label = f"{feature.name}@{feature.label}" + ("" if _served(store, feature) else " (kept)")
-    return [label, feature.kind, rate, str(feature.dim), str(feature.dtype), f"{len(feature):,}",
-            display.size(feature.nbytes), _settings(feature)]
+    return [label, feature.kind, rate, str(feature.dim), _stored_as(feature), f"{len(feature):,}",
+            display.size(feature.nbytes), _settings(feature.spec)]
+
+
+def _stored_as(feature: Feature) -> str:
+    codec = "" if feature.codec == "raw" else f" {feature.codec}"
+    return f"{feature.stored_dtype}{codec}" + (f" ({feature.dtype})" if feature.stored_dtype != feature.dtype else "")
 
 
 def _split_facts(split: Split) -> dict[str, Any]:
@@ -616,5 +625,5 @@ def _split_facts(split: Split) -> dict[str, Any]:
 
 def _facts(store: Store, feature: Feature) -> dict[str, Any]:
     return {"name": feature.name, "identity": feature.identity, "served": _served(store, feature),
-            "imported": feature.imported, "utterances": len(feature), "bytes": feature.nbytes,
+            "imported": feature.imported, "utterances": len(feature), "bytes": feature.nbytes, "codec": feature.codec,
             "spec": feature.spec.to_json()}

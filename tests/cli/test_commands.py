@@ -22,7 +22,7 @@ from featstore_cli import cli, display
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = os.pathsep.join(str(ROOT / name) for name in (".", "extractors", "align", "cli", "tests"))
 COMMANDS = ["scan", "extract", "status", "why", "use", "info", "ls", "plot", "split", "verify", "rm", "compact", "copy",
-            "export", "import", "weights"]
+            "export", "import", "pack", "weights"]
 
 
 def run(*words: object) -> Result:
@@ -358,3 +358,33 @@ def test_split_divides_a_store_once_and_says_what_came_out(store: Path) -> None:
     assert as_json["parts"]["valid"] == {"utterances": 1, "hours": pytest.approx(0.5 / 3600), "groups": 1}
     assert "split main by speaker: train " in run("info", store).output
     assert [split["name"] for split in json.loads(run("info", store, "--json").output)["splits"]] == ["main", "other"]
+
+
+def test_pack_says_sizes_and_error_and_refuses_what_is_out_of_range(store: Path) -> None:
+    lossless = run("pack", store, "energy", "--codec", "zstd")
+    assert lossless.exit_code == 0 and "energy: 1 segments packed with zstd" in lossless.output
+    again = run("pack", store, "energy", "--codec", "zstd")
+    assert "nothing to do, all 1 segments are packed with zstd" in again.output
+    assert "float32 zstd" in run("info", store).output
+    packed = json.loads(run("pack", store, "energy", "--codec", "int8", "--json").output)
+    assert packed["feature"] == "energy-int8" and packed["loss"]["snr_db"] > 30 and packed["done"] == 4
+    shown = run("info", store).output
+    assert "int8 (float32)" in shown and "int8 v1 of energy v1" in shown
+    with fs.open(store).writer() as w:
+        w.write("spk0/u0", "energy", np.full_like(fs.open(store)["spk0/u0", "energy"].read(), 9))
+    refused = run("pack", store, "energy", "--codec", "int8")
+    assert refused.exit_code == 1 and "not packed: spk0/u0: channel 0 reaches 9, the range is" in refused.output
+    assert "--replace chooses a range for all" in refused.output
+    again = run("pack", store, "energy", "--codec", "int8", "--replace")
+    assert again.exit_code == 0 and "energy-int8: 4 utterances packed with int8" in again.output
+    assert "dB below the signal, of the worst channel (0)" in again.output
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["energy", "--codec", "lz4"], "'lz4' is not one of 'zstd', 'pcodec', 'raw', 'int8'"),
+    (["energy", "--codec", "zstd", "--replace"], "loses nothing and has none"),
+    (["enery", "--codec", "zstd"], "no feature 'enery' (it has: energy, mean)"),
+    (["mean"], "Missing option '--codec'")])
+def test_pack_that_is_asked_wrongly_says_what_there_is(store: Path, words: list[str], said: str) -> None:
+    result = CliRunner().invoke(cli, ["pack", str(store), *words])
+    assert result.exit_code == 2 and said in " ".join(result.output.split())

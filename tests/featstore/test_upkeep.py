@@ -26,7 +26,8 @@ from featstore.errors import (
     MissingUtterance,
 )
 from featstore.index import merge, write_catalogue
-from featstore.store import Collection, Row
+from featstore.row import Row
+from featstore.store import Collection
 from featstore.verify import verify
 
 MEL = fs.Spec(made_by="mel", version=1, kind="continuous", frame_rate=50, dim=3, dtype="float16")
