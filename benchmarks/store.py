@@ -1,4 +1,4 @@
-"""Rates of the store: writing against a flat file, reading crops against everything else, look-ups and opening.
+"""Rates of the store: writing against a flat file, look-ups and opening. Reading has a page of its own: reads.py.
 
     python benchmarks/store.py [--rounds 5] [--utterances 400]
 
@@ -19,15 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import tensorstore
-import zarr
 
 import featstore as fs
 from featstore.index import Index, hash_keys, merge, read_catalogue, write_catalogue
 from featstore.segment import Segment, SegmentWriter
 from featstore.storage import new_id
 
-DIM, FRAMES, CROP = 1024, 500, 100  # 10 s utterances at 50 Hz, 2 s crops
+DIM, FRAMES = 1024, 500  # 10 s utterances at 50 Hz
 SPEC = fs.Spec(made_by="net", version=1, kind="continuous", frame_rate=50, dim=DIM, dtype="float16")
 
 
@@ -78,53 +76,6 @@ def fill(store: fs.Store, arrays: list[np.ndarray], every_s: float) -> None:
     with store.writer(commit_every_s=every_s) as w:
         for number, array in enumerate(arrays):
             w.write(f"take {number}", "net", array)
-
-
-def crop_rates(home: Path, arrays: list[np.ndarray], rounds: int) -> None:
-    """Random crops per second, warm."""
-    store = declared(home / "crops.zarr")
-    fill(store, arrays, 1e9)
-    for number, array in enumerate(arrays):
-        np.save(home / f"{number}.npy", array)
-    np.concatenate(arrays).tofile(home / "flat.raw")
-    flat = np.memmap(home / "flat.raw", np.float16, "r", shape=(len(arrays) * FRAMES, DIM))
-    feature = store.features["net"]
-    pieces = {segment.id: segment for segment in feature.index.segments}
-    frames = {name: str(segment.folder / "frames") for name, segment in pieces.items()}
-    zarrs = {name: zarr.open_array(path, mode="r") for name, path in frames.items()}
-    tensors = {name: tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}).result()
-               for name, path in frames.items()}
-    out = np.empty((CROP, DIM), np.float16)
-    where = {}
-    for number in range(len(arrays)):
-        record = feature.index.find(f"take {number}")
-        where[number] = feature.index.segments[int(record["segment"])].id, int(record["offset"])
-    readers: dict[str, tuple[int, Callable[[int, int], np.ndarray | None]]] = {
-        "memmap of a flat file": (2000, lambda n, a: np.array(flat[n * FRAMES + a:n * FRAMES + a + CROP])),
-        "Segment.read into an array": (2000, lambda n, a: pieces[where[n][0]].read(where[n][1] + a, out)),
-        "store[utterance, feature][a:b]": (2000, lambda n, a: store[f"take {n}", "net"][a:a + CROP]),
-        ".npy per utterance": (500, lambda n, a: np.load(home / f"{n}.npy", mmap_mode="r")[a:a + CROP].copy()),
-        "tensorstore on our shards": (200, lambda n, a: np.asarray(
-            tensors[where[n][0]][where[n][1] + a:where[n][1] + a + CROP].read().result())),
-        "zarr-python on our shards": (50, lambda n, a: zarrs[where[n][0]][where[n][1] + a:where[n][1] + a + CROP]),
-    }
-    rng = np.random.default_rng(0)
-    for name, (_, read) in readers.items():
-        found = read(3, 17)
-        assert np.array_equal(out if found is None else found, arrays[3][17:17 + CROP]), name
-    rates: dict[str, list[float]] = {name: [] for name in readers}
-    for _ in range(rounds):
-        for name, (count, read) in readers.items():
-            picks = list(zip(rng.integers(0, len(arrays), count).tolist(),
-                             rng.integers(0, FRAMES - CROP, count).tolist(), strict=True))
-
-            def work(picks: list[tuple[int, int]] = picks, read: Callable = read) -> None:
-                for number, start in picks:
-                    read(number, start)
-
-            rates[name].append(count / seconds(work))
-    table(f"random crops of ({CROP}, {DIM}) float16 from {len(arrays) * FRAMES * DIM * 2 / 2**20:,.0f} MiB, warm",
-          "crops/s", rates, "memmap of a flat file")
 
 
 def index_rates(home: Path) -> None:
@@ -181,7 +132,6 @@ def main() -> None:
     arrays = [np.ascontiguousarray(noise[n * 7 % 1500:][:FRAMES]) for n in range(args.utterances)]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         home = Path(folder)
-        crop_rates(home, arrays, args.rounds)
         index_rates(home)
         open_rates(home)
         write_rates(home, arrays, args.rounds)
