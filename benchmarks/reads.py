@@ -11,6 +11,7 @@ preads; a batch within 4 copies of its output and 10 times faster than .npy with
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import statistics
@@ -33,6 +34,8 @@ ROW = DIM * 2                             # bytes of a frame
 MEL, BATCH, TARGET = Fraction(24000, 256), 32, 188   # frames of 2 s at the mel rate
 SPEC = fs.Spec(made_by="net", version=1, kind="continuous", frame_rate=50, dim=DIM, dtype="float16")
 RETRANS = sys.modules["featstore_align.retrans"]  # the package has a function of that name
+
+COMPILED = "featstore_align.compiled"
 
 Read = Callable[[int, int], Any]          # (utterance, first frame) -> the crop
 Picks = list[tuple[int, int]]
@@ -370,6 +373,8 @@ def batches(home: Path, rounds: int, count: int) -> None:
              "loudness": fs.Spec(made_by="n", version=1, kind="continuous", frame_rate=200),
              "log-mel": fs.Spec(made_by="n", version=1, kind="continuous", frame_rate=MEL, dim=100)}
     rng = np.random.default_rng(2)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch")  # as whoever trains has it
     data = []
     for _ in range(count):
         f0 = rng.uniform(100, 400, 2000).astype(np.float32)
@@ -394,17 +399,15 @@ def batches(home: Path, rounds: int, count: int) -> None:
         for name in specs:
             np.stack([crop[name] for crop in found], out=out[name])
 
-    def alone(picks: Picks) -> None:
-        """As if numba were not installed."""
-        kept = RETRANS.compiled
+    def without(picks: Picks, *modules: str) -> None:
+        """As if nobody had installed numba, or loaded torch."""
+        kept, compiled = {name: sys.modules.pop(name, None) for name in modules}, RETRANS.compiled
         RETRANS.compiled = lambda: None
-        loaded = sys.modules.pop("featstore_align.compiled", None)
         try:
             batch(picks)
         finally:
-            RETRANS.compiled = kept
-            if loaded is not None:
-                sys.modules["featstore_align.compiled"] = loaded
+            RETRANS.compiled = compiled
+            sys.modules.update({name: module for name, module in kept.items() if module is not None})
 
     def files(picks: Picks) -> None:
         for name, spec in specs.items():
@@ -419,7 +422,9 @@ def batches(home: Path, rounds: int, count: int) -> None:
     ways: dict[str, Callable[[Picks], None]] = {
         "copy of the output": copied, "featstore, read_batch": batch,
         "featstore mapped, read_batch": lambda picks: batch(picks, True),
-        "featstore, read_batch without numba": alone, "featstore, crops one by one": one_by_one,
+        "featstore, read_batch, torch, no numba": lambda picks: without(picks, COMPILED),
+        "featstore, read_batch, numpy alone": lambda picks: without(picks, COMPILED, "torch"),
+        "featstore, crops one by one": one_by_one,
         ".npy, repetition and average": files}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(max(2, rounds) * 3):
@@ -428,6 +433,9 @@ def batches(home: Path, rounds: int, count: int) -> None:
             taken = 1e3 * seconds(lambda: work(picks))  # noqa: B023
             if number:  # the first round finds nothing warm
                 times[name].append(taken)
+    for name in () if "torch" in sys.modules else ("featstore, read_batch, torch, no numba",):
+        print(f"missing: {name} (torch is not installed)")
+        del times[name]
     size = sum(out[name].nbytes for name in specs) / 1e6
     table(f"{BATCH} crops of {TARGET} frames of 5 features at {float(MEL)} Hz, {size:.1f} MB out, stored types, warm",
           "ms", times, "copy of the output")
