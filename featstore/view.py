@@ -113,12 +113,12 @@ class _Member:
             stored, places = out, [row[:n] for row, n in zip(out, count, strict=True)]
         packed = self.feature.quantiser is not None
         raw = [np.empty(place.shape, np.int8) for place in places] if packed else places
-        return _Part(self, crops, rows, first, there, stored, places, raw, out)
+        return _Part(self, crops, rows, first, last, there, stored, places, raw, out)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a batch reads of one feature: of every crop the frames from `first` on, into its place in `stored`, which is
+    """What a batch reads of one feature: of every crop frames `[first, last)`, into its place in `stored`, which is
     `out` itself where nothing is left to do but to pad. there: frames of the whole row. raw: `places`, or for int8 what
     is to be decoded into them."""
 
@@ -126,6 +126,7 @@ class _Part:
     crops: _Crops
     rows: np.ndarray
     first: np.ndarray
+    last: np.ndarray
     there: np.ndarray
     stored: np.ndarray
     places: list[np.ndarray]
@@ -150,7 +151,8 @@ class _Part:
             self._samples()
         elif self.stored is not out and member.grids is not None:
             align_batch(member.feature.kind, self.stored, member.grids, start=crops.start,  # type: ignore[arg-type]
-                        stop=crops.start + crops.frames, source_length=self.there, out=out)
+                        stop=crops.start + crops.frames, source_length=self.there, out=out,
+                        ranges=(self.first, self.last))
         if member.grids is not None or member.hop:
             filled = crops.frames * (member.hop or 1)
             for number in np.flatnonzero(filled < out.shape[1]).tolist():

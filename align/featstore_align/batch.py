@@ -10,13 +10,15 @@ from .retrans import KINDS, fill, mixed, unknown
 
 
 def align_batch(kind: Kind, x: np.ndarray, grids: Conversion, *, start: np.ndarray, stop: np.ndarray,
-                source_length: np.ndarray, out: np.ndarray) -> None:
+                source_length: np.ndarray, out: np.ndarray,
+                ranges: tuple[np.ndarray, np.ndarray] | None = None) -> None:
     """Write target frames `[start[b], stop[b])` of utterance b to the beginning of `out[b]`, for every b.
 
     Args:
         x: (rows, D) or (rows,): the source frames that `grids.source_ranges` names, crop after crop.
         start, stop, source_length: (B,) integers; `source_length` is that of the whole source.
         out: (B, F, D) or (B, F), contiguous, of x's dtype; what lies beyond a crop is left as it is.
+        ranges: what `source_ranges` gave for these crops; None: it is asked once more.
 
     Raises:
         ValueError: arrays that do not fit together, an unknown kind.
@@ -30,7 +32,7 @@ def align_batch(kind: Kind, x: np.ndarray, grids: Conversion, *, start: np.ndarr
         raise ValueError(f"found {len(start)} crops, of up to {max(stop - start, default=0)} frames, for an out of "
                          f"{out.shape}; expected start, stop and source_length for each of its rows, crops that it "
                          "has room for, and sources of at least one frame")
-    first, last = grids.source_ranges(start, stop, source_length, kind)
+    first, last = grids.source_ranges(start, stop, source_length, kind) if ranges is None else ranges
     rows = np.cumsum(last - first)
     wanted = (int(rows[-1]) if len(rows) else 0, *out.shape[2:])
     if x.shape != wanted or x.dtype != out.dtype or not (x.flags.c_contiguous and out.flags.c_contiguous):

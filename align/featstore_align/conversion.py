@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from numbers import Integral, Rational
 from typing import Literal, get_args
 
@@ -114,7 +114,7 @@ class Conversion:
         """Whether target frame j is source frame j, whatever the kind."""
         return self.s == self.t == 1 and self.left == 0
 
-    @property
+    @cached_property
     def too_fine(self) -> bool:
         """Whether steps may not be counted in 64 bits."""
         return max(self.m, self.width) >= FINEST

@@ -63,11 +63,12 @@ def test_every_crop_of_a_batch_is_the_slice_of_its_whole(pair, kind, dtype, cent
     x = np.concatenate([source[a:b] for source, a, b in zip(sources, first, last, strict=True)])
     for compiled in (MODULE.compiled, lambda: None):
         out = np.full((5, 130, *x.shape[1:]), 7, x.dtype)
+        known = (first, last) if compiled() is None else None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(MODULE, "compiled", compiled)
             if compiled() is None:
                 patch.delitem(sys.modules, COMPILED, raising=False)
-            align_batch(kind, x, grids, start=start, stop=stop, source_length=lengths, out=out)
+            align_batch(kind, x, grids, start=start, stop=stop, source_length=lengths, out=out, ranges=known)
         for row, a, b, source in zip(out, start, stop, whole, strict=True):
             assert row[:b - a].tobytes() == source[a:b].tobytes()
             assert (row[b - a:] == 7).all()
@@ -117,3 +118,23 @@ def test_without_numba_nothing_is_missed():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={"PYTHONPATH": str(ROOT / "align")})
     assert done.stdout == "36.0\n"
+
+
+def test_the_compiled_code_runs_in_a_fork_of_a_process_that_used_it():
+    code = """
+import multiprocessing, numpy as np
+from featstore_align import align_batch, conversion
+def work(done=None):
+    out = np.empty((2, 9, 2), np.float16)
+    align_batch("continuous", np.ones((10, 2), np.float16), conversion(50, "24000/256"), start=[0, 0], stop=[9, 9],
+                source_length=[5, 5], out=out)
+    return done.put(out.sum()) if done else out.sum()
+work()
+context = multiprocessing.get_context("fork")
+done = context.Queue()
+context.Process(target=work, args=(done,), daemon=True).start()
+print(done.get(timeout=60))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           env={"PYTHONPATH": str(ROOT / "align")})
+    assert found.stdout == "36.0\n", found.stderr

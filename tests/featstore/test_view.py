@@ -247,9 +247,11 @@ def test_a_view_says_what_it_is(view: fs.View) -> None:
     assert repr(view).startswith("<View of s.zarr: content labels f0 log-mel wave who at 375/4 Hz by edges; 11 utter")
 
 
-def test_a_view_goes_to_another_process(view: fs.View) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_view_goes_to_another_process(store: fs.Store, view: fs.View, mapped: bool) -> None:
     key = next(iter(view))
-    again = pickle.loads(pickle.dumps(view))
+    again = pickle.loads(pickle.dumps(fs.open(store.path, mapped=mapped).view(ALL, like="log-mel")))
+    assert again.store.mapped is mapped and all(s.mapped is mapped for s in again.store.features["f0"].segments)
     assert all(again[key][name].tobytes() == array.tobytes() for name, array in view[key].items())
 
 
