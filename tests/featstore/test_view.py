@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +129,40 @@ def test_a_batch_is_read_by_one_call(view: fs.View, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(storage, "read_many", lambda ranges: calls.append(len(ranges)) or read_many(ranges))
     again = view.read_batch(items, frames=40)
     assert calls == [len(items) * len(ALL)]
+    assert all(again[name].tobytes() == whole[name].tobytes() for name in whole)
+
+
+def _noted(name: str, call: Callable[..., Any], calls: list[str]) -> Callable[..., Any]:
+    return lambda *args: calls.append(name) or call(*args)
+
+
+def test_a_batch_is_announced_before_its_first_byte_is_read(view: fs.View, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [(key, 2) for key in view]
+    whole = view.read_batch(items, frames=40)
+    calls: list[str] = []
+    for name in ("posix_fadvise", "preadv"):
+        monkeypatch.setattr(os, name, _noted(name, getattr(os, name), calls))
+    again = view.read_batch(items, frames=40)
+    count = len(items) * len(ALL)
+    assert calls == ["posix_fadvise"] * count + ["preadv"] * count
+    assert all(again[name].tobytes() == whole[name].tobytes() for name in whole)
+
+
+def test_a_batch_of_more_ranges_than_files_are_kept_open_is_the_same(view: fs.View, monkeypatch) -> None:
+    items = [(key, 2) for key in view]
+    whole = view.read_batch(items, frames=40)
+    monkeypatch.setattr(storage, "OPEN_FILES", 3)
+    again = view.read_batch(items, frames=40)
+    assert all(again[name].tobytes() == whole[name].tobytes() for name in whole)
+
+
+def test_where_the_system_has_neither_preadv_nor_fadvise_the_bytes_are_the_same(view: fs.View, monkeypatch) -> None:
+    items = [(key, 2) for key in view]
+    whole = view.read_batch(items, frames=40)
+    monkeypatch.setattr(storage, "_READS", False)
+    monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.delattr(os, "preadv")
+    again = view.read_batch(items, frames=40)
     assert all(again[name].tobytes() == whole[name].tobytes() for name in whole)
 
 
