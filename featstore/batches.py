@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from .errors import BadRequest, PositionMismatch, nearest
-from .store import Store, StoredUtterance
 from .view import Batch, View
 
 UTTERANCE, SPEAKER = "utterance_index", "speaker_index"  # no feature can have these names: they hold an underscore
@@ -43,12 +42,11 @@ class Batches:
     per_epoch: batches in which every utterance comes once, for `whole`; None for `crops`.
     """
 
-    def __init__(self, view: View, plan: _Crops | _Whole, facts: Sequence[StoredUtterance | None]) -> None:
+    def __init__(self, view: View, plan: _Crops | _Whole, speakers: Sequence[str | None]) -> None:
         self.view, self._plan = view, plan
         self.utterances = list(view)
-        self.speakers = sorted({u.speaker for u in facts if u is not None and u.speaker is not None})
-        place = {speaker: number for number, speaker in enumerate(self.speakers)}
-        self._speaker = np.array([place.get(u.speaker or "", -1) if u is not None else -1 for u in facts], np.int64)
+        self.speakers = sorted({speaker for speaker in speakers if speaker is not None})
+        self._speaker = _places(speakers, self.speakers)
         self.snapshot = view.snapshot
 
     @property
@@ -149,15 +147,17 @@ def crops(view: View, *, frames: int = 512, batch: int = 32, seed: int = 0, bala
         raise BadRequest(f"frames={frames}, batch={batch}: expected at least one frame and one crop")
     if weights is not None and balance is None:
         raise BadRequest("weights are of the values of a field: say which, as in balance='speaker'")
-    there, facts = _there(view, seed), _facts(view)
-    labels = [""] * len(there) if balance is None else _labels(view, there, facts, balance)
+    there = _there(view, seed)
+    speakers, labels = _described(view, balance)
+    if balance is not None:
+        _check_known(view, there, labels, balance)
     settings = {"of": "crops", "frames": int(frames), "batch": int(batch), "seed": int(seed), "balance": balance,
                 "weights": {name: float(value) for name, value in sorted(weights.items())} if weights else None}
-    names = sorted(set(labels))
-    shares = _shares(names, weights or {}, balance)
-    place = {name: number for number, name in enumerate(names)}
-    groups = np.array([place[label] for label in labels])
-    return Batches(view, _Crops(view.lengths, there, groups, shares, settings), facts)
+    names = sorted({label for label in labels if label is not None})
+    places = _places(labels, names)[there]
+    present, groups = np.unique(places, return_inverse=True)
+    shares = _shares([names[place] for place in present.tolist()], weights or {}, balance)
+    return Batches(view, _Crops(view.lengths, there, groups, shares, settings), speakers)
 
 
 def whole(view: View, *, batch_frames: int = 20_000, seed: int = 0) -> Batches:
@@ -177,7 +177,7 @@ def whole(view: View, *, batch_frames: int = 20_000, seed: int = 0) -> Batches:
                          f"{len(view):,} utterances have): give batch_frames={most} or more, leave them out "
                          "(utterances=...), or take fs.crops")
     settings = {"of": "whole", "batch_frames": int(batch_frames), "seed": int(seed)}
-    return Batches(view, _Whole(view.lengths, there, settings), _facts(view))
+    return Batches(view, _Whole(view.lengths, there, settings), _described(view, None)[0])
 
 
 class _Crops:
@@ -292,36 +292,52 @@ def _there(view: View, seed: int) -> np.ndarray:
     return there
 
 
-def _facts(view: View) -> list[StoredUtterance | None]:
-    """What the store knows of each utterance of a view."""
-    store: Store = view.store
-    if len(view) * 8 < len(store.utterances):
-        return [store.utterances.get(key) for key in view]
-    known = {utterance.key: utterance for utterance in store.utterances.read_all()}
-    return [known.get(key) for key in view]
+def _described(view: View, balance: str | None) -> tuple[list[str | None], list[str | None]]:
+    """The speaker of each utterance, and its value of the field `balance` ("" where none is asked for)."""
+    speakers: list[str | None] = [None] * len(view)
+    labels: list[str | None] = [None if balance is not None else ""] * len(view)
+    for number, facts in _facts(view):
+        speakers[number] = facts.get("speaker")
+        if balance is not None:
+            labels[number] = _label(facts, balance)
+    return speakers, labels
 
 
-def _label(utterance: StoredUtterance | None, balance: str) -> str | None:
+def _facts(view: View) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """What the store knows of the view's utterances, by their number."""
+    utterances = view.store.utterances
+    if len(view) * 8 < len(utterances):
+        yield from ((number, vars(utterances[key])) for number, key in enumerate(view) if key in utterances)
+        return
+    place = {key: number for number, key in enumerate(view)}
+    for facts, _ in utterances.facts():
+        if facts["key"] in place:
+            yield place[facts["key"]], facts
+
+
+def _label(facts: Mapping[str, Any], balance: str) -> str | None:
     """The value of a field, as text; None where it has none. A corpus without that field is where it was read from."""
-    if utterance is None:
-        return None
-    value = getattr(utterance, balance, None) if balance in ("speaker", "language", "kind") else None
-    value = value if value is not None else utterance.extra.get(balance)
+    value = facts.get(balance) if balance in ("speaker", "language", "kind") else None
+    value = value if value is not None else facts.get("extra", {}).get(balance)
     if value is None and balance == "corpus":
-        value = utterance.root
+        value = facts.get("root")
     return None if value in (None, "") else str(value)
 
 
-def _labels(view: View, there: np.ndarray, facts: Sequence[StoredUtterance | None], balance: str) -> list[str]:
-    """The value of a field for each utterance. BadRequest where it is not known."""
-    found = [_label(facts[i], balance) for i in there.tolist()]
-    unknown = [number for number, label in zip(there.tolist(), found, strict=True) if label is None]
+def _places(labels: Sequence[str | None], names: Sequence[str]) -> np.ndarray:
+    """Where each label stands in `names`; -1 for None."""
+    place: dict[str | None, int] = {name: number for number, name in enumerate(names)}
+    return np.array([place.get(label, -1) for label in labels], np.int64)
+
+
+def _check_known(view: View, there: np.ndarray, labels: Sequence[str | None], balance: str) -> None:
+    unknown = [number for number in there.tolist() if labels[number] is None]
     if unknown:
-        fields = {"speaker", "corpus", "language", "kind"} | {name for u in facts if u is not None for name in u.extra}
+        fields = {"speaker", "corpus", "language", "kind"} | {
+            name for _, facts in _facts(view) for name in facts.get("extra", {})}
         raise BadRequest(f"balance={balance!r}: {len(unknown):,} of {len(there):,} utterances have no {balance}, such "
                          f"as {list(view)[unknown[0]]} ({nearest(balance, sorted(fields))}). Leave them out "
                          "(utterances=...), or name it when the corpus is scanned and extract again")
-    return [label for label in found if label is not None]
 
 
 def _shares(names: Sequence[str], weights: Mapping[str, float], balance: str | None) -> np.ndarray:
