@@ -44,7 +44,7 @@ class Part:
     groups: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Split:
     """A division of a store's utterances into train, valid and test. Utterances that came later are in no part.
 
@@ -73,6 +73,10 @@ class Split:
             return np.full(len(wanted), -1)
         at = np.minimum(np.searchsorted(hashes, wanted), len(parts) - 1)
         return np.where(hashes[at] == wanted, parts[at].astype(np.int64), -1)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name} {part.utterances:,} ({self.shares[name]:.1%})" for name, part in self.parts.items())
+        return f"<Split {self.name} by {self.by}: {parts}>"
 
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:

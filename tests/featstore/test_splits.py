@@ -175,6 +175,7 @@ def test_a_part_that_would_be_empty_is_refused(tmp_path: Path) -> None:
         fs.split(store, "main", by="speaker", valid=1, test=1)
     made = fs.split(store, "main", by="speaker", valid=1)
     assert made.parts["valid"].groups == 1 and made.parts["test"].utterances == 0
+    assert repr(made).startswith("<Split main by speaker: train 20 (") and repr(made).endswith("test 0 (0.0%)>")
     with pytest.raises(BadRequest, match="has no utterances to split"):
         fs.split(fs.create(tmp_path / "empty.zarr"), "main", by="speaker", valid=1)
 
