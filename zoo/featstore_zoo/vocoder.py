@@ -87,7 +87,7 @@ class Vocoder(nn.Module):
         raise NotImplementedError
 
     def forward(self, log_mel: Tensor, f0: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Waveform (B, T hop_length), full scale 1, from log-mel (B, T, n_mels).
+        """Waveform (B, T hop_length) in float32, full scale 1, from log-mel (B, T, n_mels).
 
         f0: (B, T) in Hz, 0 where unvoiced; only where `needs_f0`, and passed over elsewhere.
         generator: where randomness comes from, if `needs_generator`. One on the CPU gives the same draws on any device.
@@ -98,7 +98,7 @@ class Vocoder(nn.Module):
             ValueError: if a tensor has another shape, or f0 or the generator is missing.
         """
         self._check(log_mel, f0, generator)
-        return self.render(log_mel, self.source(log_mel, f0, generator))
+        return self.render(log_mel, self.source(log_mel, f0, generator)).float()
 
     def source(self, log_mel: Tensor, f0: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
         """What `render` needs beside the log-mel, (B, K, T hop_length), or None; only the length of log_mel counts."""

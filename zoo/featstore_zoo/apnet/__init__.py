@@ -1,6 +1,7 @@
 """APNet: one network for log-amplitudes, one for phases, and an inverse STFT."""
 
-from ..gan import Adversary
+from featstore_zoo.gan import Adversary
+
 from .losses import losses
 from .model import Config, Model
 

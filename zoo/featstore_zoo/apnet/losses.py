@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..gan import Adversary, spectral_losses
-from ..vocoder import window
+from featstore_zoo.gan import Adversary, spectral_losses
+from featstore_zoo.vocoder import window
+
 from .model import Config, Model, Spectrum
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ..gan import GanConfig
-from ..vocoder import Vocoder, check_blocks, inverse_stft
+from featstore_zoo.gan import GanConfig
+from featstore_zoo.vocoder import Vocoder, check_blocks, inverse_stft
 
 SLOPE = 0.1
 LOUDEST = 10.0  # log-amplitude of a bin, above any that full scale can give: early training does not overflow

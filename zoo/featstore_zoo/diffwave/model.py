@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..vocoder import Span, Vocoder, VocoderConfig, upsampled, widened
+from featstore_zoo.vocoder import Span, Vocoder, VocoderConfig, upsampled, widened
 
 
 @dataclass(frozen=True)

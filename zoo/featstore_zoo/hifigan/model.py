@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ..gan import GanConfig
-from ..vocoder import Span, Vocoder, check_blocks, check_steps_up, upsampled, widened
+from featstore_zoo.gan import GanConfig
+from featstore_zoo.vocoder import Span, Vocoder, check_blocks, check_steps_up, upsampled, widened
 
 SLOPE = 0.1
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ..gan import GanConfig
-from ..vocoder import Span, Vocoder, upsampled, widened
+from featstore_zoo.gan import GanConfig
+from featstore_zoo.vocoder import Span, Vocoder, upsampled, widened
 
 SLOPE = 0.2
 EDGE = 3  # samples reflected at either end of the first and of the last convolution

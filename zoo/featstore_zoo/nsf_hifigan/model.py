@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ..gan import GanConfig
-from ..vocoder import Span, Vocoder, check_blocks, check_steps_up, upsampled, widened
+from featstore_zoo.gan import GanConfig
+from featstore_zoo.vocoder import Span, Vocoder, check_blocks, check_steps_up, upsampled, widened
 
 SLOPE = 0.1
 FRAMES = 2048  # of source made at once: an hour of nine sines would not fit in memory
@@ -104,7 +104,8 @@ class Source(nn.Module):
             noise = torch.randn(sines.shape, generator=generator, device=generator.device).to(sines)
             voiced = (f0[:, frames] > 0)[..., None, None]
             excitation = torch.where(voiced, sines + config.noise_std * noise, config.sine_amplitude / 3 * noise)
-            pieces.append(torch.tanh(self.l_linear(excitation)).flatten(1))  # (B, T hop)
+            mixed = self.l_linear(excitation.to(self.l_linear.weight.dtype))
+            pieces.append(torch.tanh(mixed).flatten(1))  # (B, T hop)
         return torch.cat(pieces, 1)[:, None]
 
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..gan import GanConfig
-from ..vocoder import Vocoder, inverse_stft
+from featstore_zoo.gan import GanConfig
+from featstore_zoo.vocoder import Vocoder, inverse_stft
 
 LOUDEST = 100.0  # magnitude of a bin: above, early training runs away
 
