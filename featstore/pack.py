@@ -25,6 +25,8 @@ from .store import Feature, Store
 from .upkeep import GRACE_S, checked
 from .writer import Writer
 
+_PIECE_BYTES = 256 << 10  # of frames at a time: what is worked out of them stays in the processor's caches
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -155,6 +157,7 @@ class _Int8:
         self.store, self.source, self.replace, self.progress = store, source, replace, progress
         records = source.index.records[source.index.live]
         self.records = records[np.lexsort((records["offset"], records["segment"]))]
+        self.piece = max(1, _PIECE_BYTES // (source.stored_dtype.itemsize * max(1, source.dim)))
         self.done, self.total = 0, 0
 
     def go(self) -> Packed:
@@ -199,7 +202,7 @@ class _Int8:
         dim = max(1, self.source.dim)
         low, high = np.full(dim, np.inf, np.float32), np.full(dim, -np.inf, np.float32)
         for record in self.records:
-            for block in Row(self.source, self.source.index.key(record), record).blocks():
+            for block in Row(self.source, self.source.index.key(record), record).blocks(self.piece):
                 values = block.reshape(-1, dim).astype(np.float32)
                 np.minimum(low, values.min(axis=0), out=low)
                 np.maximum(high, values.max(axis=0), out=high)
@@ -224,7 +227,7 @@ class _Int8:
         part = error.fresh()
 
         def blocks() -> Iterator[np.ndarray]:
-            for block in checked(row.blocks(), record, row.utterance, self.source.name):
+            for block in checked(row.blocks(self.piece), record, row.utterance, self.source.name):
                 stored = quantiser.encode(block)
                 part.add(block, stored, quantiser)
                 yield stored
