@@ -95,7 +95,7 @@ class Quantiser:
 
     def encode(self, block: np.ndarray) -> np.ndarray:
         """Values (n, D) or (n,) as int8. Outside if one of them is out of range: none is ever cut off."""
-        steps = np.rint((block.astype(np.float32) - self.offset) / self.scale)
+        steps = np.rint((block.astype(np.float32, copy=False) - self.offset) / self.scale)
         if steps.size and max(steps.max(), -steps.min()) > STEPS:
             at = int(np.abs(steps).argmax())
             channel = at % len(self.scale)

@@ -228,8 +228,9 @@ class _Int8:
 
         def blocks() -> Iterator[np.ndarray]:
             for block in checked(row.blocks(self.piece), record, row.utterance, self.source.name):
-                stored = quantiser.encode(block)
-                part.add(block, stored, quantiser)
+                values = block.astype(np.float32)
+                stored = quantiser.encode(values)
+                part.add(values, stored, quantiser)
                 yield stored
 
         try:
@@ -265,15 +266,16 @@ class _Error:
         self.count += other.count
         self.sums += other.sums
 
-    def add(self, block: np.ndarray, stored: np.ndarray, quantiser: Quantiser) -> None:
-        decoded = np.empty_like(block)
+    def add(self, values: np.ndarray, stored: np.ndarray, quantiser: Quantiser) -> None:
+        """Count float32 values and the int8 that stands for them."""
+        decoded = np.empty(stored.shape, quantiser.dtype)
         quantiser.decode(stored, decoded)
         dim = len(quantiser.scale)
-        about = block.astype(np.float32).reshape(-1, dim) - quantiser.offset
-        error = decoded.astype(np.float32).reshape(-1, dim) - quantiser.offset - about
+        error = (decoded - values).reshape(-1, dim)
+        about = values.reshape(-1, dim) - quantiser.offset
         self.count += len(about)
-        for place, values in enumerate((about, np.square(about), np.square(error))):
-            self.sums[place] += values.sum(axis=0, dtype=np.float64)
+        for place, terms in enumerate((about, np.square(about), np.square(error))):
+            self.sums[place] += terms.sum(axis=0, dtype=np.float64)
 
     def loss(self) -> Loss | None:
         if not self.count:
