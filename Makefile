@@ -23,7 +23,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	set -e; for name in engine store reads align batches f0 encoders encoders_gpu; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in engine store reads pack align batches f0 encoders encoders_gpu; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 clean:
 	rm -rf $(VENV)
