@@ -13,6 +13,7 @@ import pytest
 
 import featstore as fs
 from featstore import exchange, upkeep
+from featstore.compact import compact
 from featstore.errors import BadRequest, CorruptSegment, IdentityMismatch
 from featstore.int8 import Outside, Quantiser
 from featstore.pack import pack
@@ -381,3 +382,38 @@ def test_path_of_a_packed_store_needs_nothing_but_itself(store, tmp_path):
     upkeep.purge(store, grace_s=0)
     moved = store.path.rename(Path(tmp_path / "moved.zarr"))
     assert fs.open(moved)["a", "net-int8"].shape == (50, 4)
+
+
+def test_status_counts_what_int8_lacks(store):
+    from featstore.corpus import Corpus, Utterance
+
+    pack(store, "net", "int8")
+    _write(store, "e")
+    store.refresh()
+    corpus = Corpus(Path(), "songs", tuple(Utterance(key, f"{key}.wav") for key in "abcde"))
+    counts = fs.plan(corpus, store, {name: store.features[name].spec for name in ("net", "net-int8")}).features
+    assert (counts["net"].missing, counts["net-int8"].missing) == (0, 1)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "pcodec"])
+def test_nothing_of_a_removed_utterance_is_left_in_packed_features(store, codec):
+    pack(store, "net", codec)
+    pack(store, "net", "int8")
+    upkeep.remove(store, utterances=["b"])
+    compact(store, purge=True, grace_s=0)
+    kept = fs.open(store.path)
+    for name in ("net", "net-int8"):
+        assert sorted(kept.features[name]) == ["a", "c", "d"]
+        frames = [segment.facts["frames"] for segment in kept.features[name].segments]
+        assert sum(frames) == 150, "the frames of the others, and no more, are in the segments that are left"
+    assert kept.features["net"].codec == codec and verify(kept).damages == []
+
+
+def test_compacting_keeps_the_codec_and_every_bit(store):
+    pack(store, "net", "zstd")
+    for key in "ef":
+        _write(fs.open(store.path), key)
+    before = _contents(store)
+    compact(fs.open(store.path))
+    now = fs.open(store.path)
+    assert now.features["net"].codec == "zstd" and _contents(now) == before
