@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,10 @@ from .store import COMMIT_S, Store
 from .work import Frames, Made
 from .writer import Writer
 
+if TYPE_CHECKING:
+    from .cluster import Cluster
+
+ENGINES = ("local", "ray", "ray:local")
 HEADROOM = 64 << 20  # bytes beyond the estimate that must be free
 LIBRARIES = ("numpy", "soundfile", "soxr", "librosa", "pyworld", "swift-f0", "onnxruntime", "torch", "transformers")
 
@@ -79,7 +83,8 @@ class Report:
 def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *, replace: bool = False,
             device: str = "cpu", workers: int | None = None, commit_every_s: float = COMMIT_S,
             allow_failures: int | str = 0, strict: bool = False, rehash: bool = False,
-            shard: tuple[int, int] | None = None, progress: Callable[[Progress], None] | None = None) -> Report:
+            shard: tuple[int, int] | None = None, engine: str = "local",
+            progress: Callable[[Progress], None] | None = None) -> Report:
     """Bring `extractors`' features of all utterances up to date; what is fresh is left alone.
 
     replace: give names that stand for other settings to these; the old ones are served until all is done.
@@ -91,6 +96,8 @@ def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *
     rehash: do not trust files' sizes and times.
     shard: (i, n) does the i-th of n parts of the corpus (`shares.shard`), i from 1. With `replace` the names then stay
         where they are; `Report.to_use` says what they go to once all shards are done.
+    engine: "local" for this machine; "ray" for the Ray cluster that is running, "ray:local" for Ray on this machine
+        alone (see `cluster`). `workers` are then actors, each with a core, or with a GPU if the device is "cuda".
 
     A recording that cannot be used costs one entry in `Report.failures`, also kept in `<store>.failures.jsonl`. Ctrl-C
     commits what is done and returns with `Report.interrupted`; a killed run loses at most one commit interval, and the
@@ -102,6 +109,8 @@ def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *
         CannotLoad: an extractor's package or weights are missing, or the device is.
     """
     devices = names_of(device)
+    if engine not in ENGINES:
+        raise BadRequest(f"engine {engine!r}: expected {', '.join(ENGINES)}")
     corpus = corpus if shard is None else shares.shard(corpus, *shard)
     allowed = allowance(allow_failures, len(corpus))
     store.refresh()
@@ -111,9 +120,9 @@ def extract(corpus: Corpus, store: Store, extractors: Mapping[str, Extractor], *
         raise DiskFull(f"{store.path} needs about {todo.bytes_needed / 1e9:.2f} GB more and "
                        f"{todo.bytes_free / 1e9:.2f} GB are free. Nothing was written; free some room or put the store "
                        "on another disk.")
-    run = _Run(todo, store, extractors, devices, _workers(workers, extractors), commit_every_s, strict, shard, progress)
+    run = Run(todo, store, extractors, commit_every_s, strict, shard, progress)
     try:
-        report = run.go(replace)
+        report = run.go(devices, _workers(workers, extractors, engine), replace, engine)
     finally:
         remember(store, known, run.report.failures)
     report.ok = len({failure.utterance for failure in report.failures}) <= allowed
@@ -208,10 +217,12 @@ class Outcome:
     """What became of a task: what failed, how long the recording is, what may be wrong with it.
 
     first: nothing else was made of the utterance in this run before.
+    again: it was counted before; what was made of it then is lost.
     """
 
     key: str
     first: bool = True
+    again: bool = False
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
     flags: tuple[str, ...] = ()
@@ -240,8 +251,8 @@ class Keeper:
         """Write what a worker made; the record of the utterance only with what is made of it `first`."""
         self.declare()
         key = utterance.key
-        outcome = Outcome(key, first, [Failure(key, name, made.task.path, why, utterance.speaker)
-                                       for name, why in made.failures.items()])
+        outcome = Outcome(key, first, failures=[Failure(key, name, made.task.path, why, utterance.speaker)
+                                                for name, why in made.failures.items()])
         if None in made.failures:
             return outcome
         outcome.seconds, outcome.flags = made.facts["duration_s"], tuple(made.facts["flags"])
@@ -272,73 +283,87 @@ class Keeper:
         self.writer.write(key, name, (extractor.quantise(block, scale) for block in frames.blocks()), scale=scale)
 
 
-class _Run:
-    """One extraction: its plan, its share of it, its pipeline, its writer."""
+class Run:
+    """One extraction: its plan, its share of it, what makes the features (on this machine a pipeline), its writer."""
 
-    def __init__(self, todo: Plan, store: Store, extractors: Mapping[str, Extractor], devices: list[str],
-                 workers: int | None, commit_every_s: float, strict: bool, part: tuple[int, int] | None,
-                 progress: Callable[[Progress], None] | None) -> None:
+    def __init__(self, todo: Plan, store: Store, extractors: Mapping[str, Extractor], commit_every_s: float,
+                 strict: bool, part: tuple[int, int] | None, progress: Callable[[Progress], None] | None) -> None:
         self.plan, self.store, self.strict, self.part, self.progress = todo, store, strict, part, progress
         self.extractors = {name: extractors[name] for name, item in todo.features.items() if item.todo}
         self.commit_every_s = commit_every_s
         self.share = shares.Share(todo, store, storage.new_id(), part)
         self.utterances = {utterance.key: utterance for utterance in todo.corpus.utterances}
         self.total = int(todo.todo.any(axis=1).sum())
-        weighty = {name: item.spec for name, item in todo.features.items() if item.spec.weights}
-        self.pipeline = Pipeline(self.extractors, devices, weighty, storage.spool(store.path), self._idle,
-                                 self._drained)
-        self.rounds = self.pipeline.rounds(workers, self.total)
-        self.tally = _Tally(todo, self.rounds)
+        self.weighty = {name: item.spec for name, item in todo.features.items() if item.spec.weights}
+        self.named = {item.name: item.spec for item in todo.features.values() if item.todo or item.moves}
+        self.tally = _Tally(todo, [])
         self.report = Report(utterances=todo.utterances, fresh=todo.utterances - self.total)
         self.began = time.monotonic()
         self._told = -TICK_S
 
-    def go(self, replace: bool) -> Report:
+    def go(self, devices: list[str], workers: int | None, replace: bool, engine: str) -> Report:
+        """Do it: on this machine, or with engine "ray" on a cluster."""
         for problem in self.plan.corpus.problems:
             self.report.failures.append(Failure(problem.path, None, problem.path, problem.reason))
-        named = {item.name: item.spec for item in self.plan.features.values() if item.todo or item.moves}
         moves = [f"{item.name}@{item.spec.identity[:9]}" for item in self.plan.features.values() if item.moves]
-        with contextlib.closing(self.share), self.pipeline, \
-                self.store.writer(commit_every_s=self.commit_every_s, provenance=provenance()) as writer:
-            self.writer, self.keeper = writer, Keeper(writer, self.extractors, named, replace)
-            if not self.total:
-                self.keeper.declare()
+        with contextlib.closing(self.share), self._engine(devices, workers, replace, engine) as self.engine, \
+                self.store.writer(commit_every_s=self.commit_every_s, provenance=provenance()) as self.writer:
+            keeper = Keeper(self.writer, self.extractors, self.named, replace)
             self._renew()
             with self._interruptible():
-                for outcome in self._outcomes():
+                for outcome in self._outcomes(keeper, workers) if self.total else ():
                     self._account(outcome)
-            writer.close(moved=self.part is None and not self.pipeline.stopping)
-        if not self.pipeline.stopping:
+            if not self.engine.stopping:
+                keeper.declare()
+            self.writer.close(moved=self.part is None and not self.engine.stopping)
+        if not self.engine.stopping:
             self.report.elsewhere = self.total - self.report.done
         self.report.to_use = moves if self.part is not None else []
         self.report.elapsed_s = time.monotonic() - self.began
         self._tell(last=True)
         return self.report
 
-    def _outcomes(self) -> Iterator[Outcome]:
+    def _engine(self, devices: list[str], workers: int | None, replace: bool, name: str) -> Pipeline | Cluster:
+        if name == "local" or not self.total:
+            return Pipeline(self.extractors, devices, self.weighty, storage.spool(self.store.path), self._idle,
+                            self._drained)
+        from .cluster import Cluster, Job
+
+        job = Job(self.store.path.resolve(), self.plan.corpus.root, self.extractors, self.weighty, self.named, replace,
+                  self.commit_every_s, devices)
+        return Cluster(job, workers, self.share, self.utterances, self._idle, name)
+
+    def _outcomes(self, keeper: Keeper, workers: int | None) -> Iterator[Outcome]:
         """What becomes of each task. Where there are rounds, what others were at is looked for after the last."""
-        again = self.rounds if len(self.rounds) > 1 else []
-        for number, one in enumerate([*self.rounds, *again]):
-            patient = not again or number >= len(self.rounds)
-            for made in self.pipeline.run(one, self.share.bundles(one.names, patient=patient)):
+        if not isinstance(self.engine, Pipeline):
+            yield from self.engine.outcomes()
+            return
+        rounds = self.engine.rounds(workers, self.total)
+        self.tally = _Tally(self.plan, rounds)
+        again = rounds if len(rounds) > 1 else []
+        for number, one in enumerate([*rounds, *again]):
+            patient = not again or number >= len(rounds)
+            for made in self.engine.run(one, self.share.bundles(one.names, patient=patient)):
                 key = made.task.key
-                yield self.keeper.keep(made, self.plan.corpus, self.utterances[key], self.tally.first(key))
+                yield keeper.keep(made, self.plan.corpus, self.utterances[key], self.tally.first(key))
 
     def _account(self, outcome: Outcome) -> None:
         """Count a task, and tell how far the run is."""
         report, failed = self.report, {failure.feature for failure in outcome.failures}
-        part, last = self.tally.count(outcome.key, failed=None in failed)
-        report.done += last
-        report.audio_s += outcome.seconds * part
-        report.failures += outcome.failures
-        for flag in outcome.flags if outcome.first else ():
-            report.flags.setdefault(flag, []).append(outcome.key)
+        report.failures += [failure for failure in outcome.failures
+                            if not outcome.again or failure not in report.failures]
+        if not outcome.again:
+            part, last = self.tally.count(outcome.key, failed=None in failed)
+            report.done += last
+            report.audio_s += outcome.seconds * part
+            for flag in outcome.flags if outcome.first else ():
+                report.flags.setdefault(flag, []).append(outcome.key)
         if failed:
             self.share.gave_up(outcome.key, failed)
         self.share.beat()
         self._tell()
         if self.strict and report.failures:
-            self.pipeline.stopping = True
+            self.engine.stopping = True
 
     def _renew(self) -> None:
         """Records of utterances whose text, speaker, place or time changed, but not their audio."""
@@ -368,7 +393,7 @@ class _Run:
             self._told = now
             self.progress(Progress(int(self.tally.done + 1e-6) + self.share.elsewhere, self.total, self.report.audio_s,
                                    float(self.plan.seconds.sum()) - self.share.elsewhere_s, len(self.report.failures),
-                                   now, self.pipeline.stopping))
+                                   now, self.engine.stopping))
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -378,10 +403,10 @@ class _Run:
             return
 
         def stop(number: int, frame: Any) -> None:
-            if self.pipeline.stopping:
-                self.pipeline.aborted = True  # what the workers are at is not waited for
+            if self.engine.stopping:
+                self.engine.aborted = True  # what the workers are at is not waited for
                 raise KeyboardInterrupt
-            self.pipeline.stopping = self.report.interrupted = True
+            self.engine.stopping = self.report.interrupted = True
 
         before = signal.signal(signal.SIGINT, stop)
         try:
@@ -399,10 +424,12 @@ def provenance() -> dict[str, str]:
     return found
 
 
-def _workers(asked: int | None, extractors: Mapping[str, Extractor]) -> int | None:
-    """Worker processes import extractors by name, so those of a script or notebook run in this process."""
+def _workers(asked: int | None, extractors: Mapping[str, Extractor], engine: str) -> int | None:
+    """Worker processes import extractors by name, so those of a script or notebook run in this process; not on Ray."""
     if asked is not None and asked < 0:
         raise BadRequest(f"workers {asked}: expected 0 or more")
+    if engine != "local":
+        return asked
     return 0 if any(type(extractor).__module__ == "__main__" for extractor in extractors.values()) else asked
 
 

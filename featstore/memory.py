@@ -42,7 +42,7 @@ def rounds(weights: Mapping[Pass, int], cores: int, free: int, asked: int | None
     groups = [[names for names, size in weights.items() if not size] + heavy[:1]]
     for names in heavy[1:]:
         together = sum(weights[other] for other in (*groups[-1], names))
-        if max(asked or 1, 1) * _need(together) > usable:
+        if max(asked or 1, 1) * need(together) > usable:
             groups.append([])
         groups[-1].append(names)
     return [_round(group, sum(weights[names] for names in group), max(1, min(cores, tasks)), cores, usable, asked)
@@ -52,12 +52,13 @@ def rounds(weights: Mapping[Pass, int], cores: int, free: int, asked: int | None
 def _round(group: Sequence[Pass], size: int, most: int, cores: int, usable: int, asked: int | None) -> Round:
     workers = asked if asked is not None else most
     if size and asked is None:
-        workers = max(1, min(most, usable // _need(size)))
+        workers = max(1, min(most, usable // need(size)))
     threads = max(1, cores // max(1, min(workers, most))) if size else 1
     return Round(tuple(name for names in group for name in names), workers, threads)
 
 
-def _need(weights: int) -> int:
+def need(weights: int) -> int:
+    """Bytes that a worker process takes with so many of weights."""
     return WORKER + int(OVERHEAD * weights)
 
 

@@ -5,12 +5,16 @@ Runs in worker processes, which know neither the store nor the plan; where devic
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -336,12 +340,20 @@ class Collected:
 
 def start(extractors: Mapping[str, Extractor], spool: Path, deferred: Sequence[str], specs: Mapping[str, Spec],
           threads: int) -> None:
-    """Begin a worker process."""
+    """Begin a worker process. It ends with the process that started it, even if that is killed."""
     import signal
 
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that commits
     global _bench
     _bench = Workbench(extractors, "cpu", spool, deferred, threads, specs)
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
 
 
 def work(tasks: Sequence[Task]) -> list[Made]:

@@ -160,6 +160,7 @@ class Writer:
         self._known: dict[str, tuple[bytes, float]] = {}   # utterances of this writer: source digest, seconds
         self._moves: dict[str, str] = {}
         self._since = time.monotonic()
+        self.commits = 0  # so many times all that was written until then became durable
         self._closed = False
 
     def declare(self, name: str, spec: Spec, *, replace: bool = False, codec: str | None = None) -> None:
@@ -260,6 +261,7 @@ class Writer:
             target.commit(self._provenance)
             target.fold(self._provenance)
         self._since = time.monotonic()
+        self.commits += 1
 
     def close(self, *, moved: bool = True) -> None:
         """Commit, fold this writer's segments, move replaced names (unless `moved` is False), leave a catalogue

@@ -69,6 +69,8 @@ def scan(corpus: Path, out: Path, pattern: str | None, speaker: str | None, key:
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--replace", is_flag=True, help="Let names that stand for other settings stand for these.")
 @click.option("--shard", metavar="I/N", help="Extract the I-th of N parts, I from 1: one per task of a job array.")
+@click.option("--engine", type=click.Choice(["local", "ray", "ray:local"]), default="local", show_default=True,
+              help="This machine, the Ray cluster that runs, or Ray here.")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE",
               help="Where encoders run: cpu, cuda, cuda:0,1 (both share the work), mps.")
 @click.option("--workers", type=click.IntRange(0), help="Processes.  [default: one per core, or as memory allows]")
@@ -80,7 +82,7 @@ def scan(corpus: Path, out: Path, pattern: str | None, speaker: str | None, key:
 @click.option("--rehash", is_flag=True, help="Do not trust files' sizes and times.")
 @json_option
 def extract(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path | None, only_plan: bool, replace: bool,
-            shard: str | None, device: str, workers: int | None, commit_every: float, allow_failures: str,
+            shard: str | None, engine: str, device: str, workers: int | None, commit_every: float, allow_failures: str,
             strict: bool, rehash: bool, as_json: bool) -> None:
     """Extract features of CORPUS into STORE; what is fresh is skipped.
 
@@ -111,7 +113,7 @@ def extract(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path |
         with display.ExtractProgress() as progress:
             report = fs.extract(found, opened or open_or_create(store), extractors, replace=replace, device=device,
                                 workers=workers, commit_every_s=commit_every, allow_failures=allow_failures,
-                                strict=strict, rehash=rehash, shard=share, progress=progress)
+                                strict=strict, rehash=rehash, shard=share, engine=engine, progress=progress)
     except fs.errors.IdentityMismatch as refused:
         texts = zip(all_requests(requests, recipe), extractors.values(), strict=True)
         asked = dict(zip(extractors, texts, strict=True))
