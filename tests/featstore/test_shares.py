@@ -311,3 +311,20 @@ def test_what_a_killed_run_loses_was_made_after_its_last_commit(tmp_path: Path) 
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(400 - kept), "0", str(kept), "0"]
     assert len(marks.read_text().splitlines()) == len(before) + 400 - kept
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked up in /proc")
+def test_workers_end_with_the_process_that_is_killed(tmp_path: Path) -> None:
+    folder, marks = make_corpus(tmp_path / "wavs", count=100, seconds=0.1), tmp_path / "marks"
+    command = [sys.executable, "-c", COUNTED.replace("0.01", "0.2"), str(folder), str(tmp_path / "s.zarr"), str(marks),
+               "2", "60"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not marks.exists():
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    workers = {int(line.split()[1]) for line in marks.read_text().splitlines()}
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
