@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-EXTRAS := signal,speaker,encoders,evaluate,s3,codecs,ray,dev
+EXTRAS := signal,speaker,encoders,zoo,evaluate,s3,codecs,ray,dev
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q
 
@@ -22,8 +22,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# All benchmarks into docs/benchmarks.md (about an hour), or some: make bench SECTIONS="reads batches"
 bench: $(READY)
-	set -e; for name in engine store reads pack align batches f0 encoders encoders_gpu; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+	$(BIN)/python -m pip install --quiet -e ".[bench]" -c constraints.txt
+	$(BIN)/python benchmarks/write.py $(SECTIONS)
+	$(if $(SECTIONS),,$(BIN)/python benchmarks/f0.py --write)
 
 clean:
 	rm -rf $(VENV)
