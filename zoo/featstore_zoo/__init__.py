@@ -6,8 +6,9 @@ import difflib
 import importlib
 from importlib import metadata
 from types import ModuleType
+from typing import NamedTuple
 
-__all__ = ["TABLE", "find"]
+__all__ = ["TABLE", "Listed", "catalogue", "find"]
 
 GROUP = "featstore.zoo"  # entry points of third parties: name = "module"
 PARTS = ("KIND", "Config", "Model", "losses")
@@ -22,6 +23,32 @@ TABLE: dict[str, str] = {
     "vocos": "featstore_zoo.vocos",
     "diffwave": "featstore_zoo.diffwave",
 }
+
+
+class Listed(NamedTuple):
+    """A model as `catalogue` lists it. `parameters`: of the network that is used, without what only training needs."""
+
+    name: str
+    kind: str
+    preset: str
+    parameters: int
+    says: str
+
+
+def catalogue() -> list[Listed]:
+    """Every model with each of its presets, counted without making its weights."""
+    import torch
+
+    found = []
+    for name in (*TABLE, *(point.name for point in metadata.entry_points(group=GROUP))):
+        package = find(name)
+        for preset in getattr(package.Config, "PRESETS", None) or ("",):
+            config = package.Config.preset(preset) if preset else package.Config()
+            with torch.device("meta"):
+                count = sum(weight.numel() for weight in package.Model(config).parameters())
+            says = (package.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
+            found.append(Listed(name.replace("_", "-"), package.KIND, preset, count, says))
+    return found
 
 
 def find(name: str) -> ModuleType:

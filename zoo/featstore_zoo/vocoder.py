@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Self, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +23,10 @@ from torch.nn.utils import parametrize
 from featstore.errors import ContractMismatch, LengthMismatch
 from featstore_extractors.signal import MelContract
 
-__all__ = ["Span", "Vocoder", "VocoderConfig", "check_blocks", "check_steps_up", "fold", "inverse_stft", "upsampled",
-           "widened", "window"]
+__all__ = ["Span", "Vocoder", "VocoderConfig", "check_blocks", "check_steps_up", "fold", "inverse_stft", "mixed",
+           "noise", "seed_of", "upsampled", "widened", "window"]
+
+BLOCK = 32  # frames whose noise is drawn at once: about a training crop
 
 Module = TypeVar("Module", bound=nn.Module)
 Span = tuple[int, int]  # first and last of the samples, or frames, that something depends on
@@ -97,11 +100,16 @@ class Vocoder(nn.Module):
             LengthMismatch: if f0 and log_mel differ in length.
             ValueError: if a tensor has another shape, or f0 or the generator is missing.
         """
-        self._check(log_mel, f0, generator)
+        self.check(log_mel, f0, generator)
         return self.render(log_mel, self.source(log_mel, f0, generator)).float()
 
-    def source(self, log_mel: Tensor, f0: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
-        """What `render` needs beside the log-mel, (B, K, T hop_length), or None; only the length of log_mel counts."""
+    def source(self, log_mel: Tensor, f0: Tensor | None, generator: torch.Generator | None,
+               span: tuple[int, int] | None = None) -> Tensor | None:
+        """What `render` needs beside the log-mel, (B, K, T hop_length), or None; only the length of log_mel counts.
+
+        span: frames [start, stop) of it alone, (B, K, (stop - start) hop_length): the very stretch of the whole that
+            the same state of the generator gives.
+        """
         return None
 
     def render(self, log_mel: Tensor, source: Tensor | None = None) -> Tensor:
@@ -112,7 +120,8 @@ class Vocoder(nn.Module):
         """Puts weight norm into the weights, in place: the same output with less work. Training is over then."""
         return fold(self)
 
-    def _check(self, log_mel: Tensor, f0: Tensor | None, generator: torch.Generator | None) -> None:
+    def check(self, log_mel: Tensor, f0: Tensor | None, generator: torch.Generator | None) -> None:
+        """What `forward` raises for tensors that it cannot use."""
         if log_mel.ndim != 3 or not log_mel.shape[1]:
             raise ValueError(f"log_mel has shape {tuple(log_mel.shape)}: expected (B, T, n_mels) with T >= 1")
         if log_mel.shape[2] != self.config.n_mels:
@@ -131,6 +140,28 @@ class Vocoder(nn.Module):
         if f0.shape[1] != log_mel.shape[1]:
             raise LengthMismatch(f"f0 has {f0.shape[1]} frames and log_mel {log_mel.shape[1]}: bring f0 onto the "
                                  "frames of log-mel, as a view does with like='log-mel'")
+
+
+def seed_of(generator: torch.Generator) -> int:
+    """A number drawn from the generator, for `noise`."""
+    return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
+
+
+def noise(seed: int, rows: tuple[int, int], span: tuple[int, int], hop: int) -> Tensor:
+    """Normal numbers (B, K, (stop - start) hop) for frames [start, stop), float32, on the CPU.
+
+    They are drawn in blocks of `BLOCK` frames, each from a seed of its own: a stretch of a song has those of the whole,
+    and the whole need never be there.
+    """
+    first, last = span[0] // BLOCK, -(-span[1] // BLOCK)
+    blocks = [torch.randn(*rows, BLOCK * hop, generator=torch.Generator().manual_seed(mixed(seed, number)))
+              for number in range(first, last)]
+    return torch.cat(blocks, 2)[..., (span[0] - first * BLOCK) * hop:(span[1] - first * BLOCK) * hop]
+
+
+def mixed(*numbers: int) -> int:
+    """A seed of 32 bits, which is what torch's generator takes, from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
 
 def fold(module: Module) -> Module:

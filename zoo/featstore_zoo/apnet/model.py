@@ -31,7 +31,10 @@ class Config(GanConfig):
     lambda_*: 45 for log-amplitudes, 100 for phases, 20 for consistency, 45 for real and imaginary parts, as published.
     """
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"base": {}}
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "base": {},
+        "smoke": {"channels": 64, "block_kernels": (3,), "block_dilations": ((1, 3),),
+                  "discriminators": ("mpd",), "discriminator_width": 0.1, "mpd_periods": (2, 3)}}
 
     channels: int = 512
     kernel: int = 7

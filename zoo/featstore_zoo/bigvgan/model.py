@@ -52,6 +52,8 @@ class Config(GanConfig):
         "v2-44k-128": LARGE | V2 | {
             "sample_rate": 44100, "n_fft": 2048, "win_length": 2048, "hop_length": 512, "n_mels": 128, "fmax": 22050.0,
             "upsample_rates": (8, 4, 2, 2, 2, 2), "upsample_kernels": (16, 8, 4, 4, 4, 4)},
+        "smoke": {"channels": 64, "block_kernels": (3,), "block_dilations": ((1, 3),),
+                  "discriminators": ("mpd",), "discriminator_width": 0.1, "mpd_periods": (2, 3)},
     }
 
     discriminators: tuple[str, ...] = ("mpd", "mrd")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featstore_zoo.vocoder import Span, Vocoder, VocoderConfig, upsampled, widened
+from featstore_zoo.vocoder import Span, Vocoder, VocoderConfig, noise, seed_of, upsampled, widened
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Config(VocoderConfig):
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "base": {}, "fast": {"schedule": "fast"}, "ddim": {"sampler": "ddim"}, "amphion": {"clamp": "xt"}}
+        "base": {}, "fast": {"schedule": "fast"}, "ddim": {"sampler": "ddim"}, "amphion": {"clamp": "xt"},
+        "smoke": {"channels": 16, "layers": 10, "schedule": "fast"}}
 
     channels: int = 64
     layers: int = 30
@@ -167,13 +168,14 @@ class Model(Vocoder):
             span = upsampled(span, 2 * rate, rate)
         return -span[0], span[1]
 
-    def source(self, log_mel: Tensor, f0: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    def source(self, log_mel: Tensor, f0: Tensor | None, generator: torch.Generator | None,
+               span: tuple[int, int] | None = None) -> Tensor:
         """The noise of every step, (B, K, T hop_length): K is 1 for ddim, and the number of steps for ddpm."""
         if generator is None:
             raise ValueError("the source is noise: give a generator")
         draws = 1 if self.config.sampler == "ddim" else len(self.config.sampling[0])
-        shape = log_mel.shape[0], draws, log_mel.shape[1] * self.hop_length
-        return torch.randn(shape, generator=generator, device=generator.device).to(log_mel)
+        span = span or (0, log_mel.shape[1])
+        return noise(seed_of(generator), (log_mel.shape[0], draws), span, self.hop_length).to(log_mel)
 
     def render(self, log_mel: Tensor, source: Tensor | None = None) -> Tensor:
         """Runs the steps from the last to the first; `source` is their noise, (B, K, T hop_length)."""

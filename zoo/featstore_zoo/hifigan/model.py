@@ -43,6 +43,8 @@ class Config(GanConfig):
         "tfr-enhanced": {"channels": 768, "upsample_rates": (8, 4, 2, 2, 2), "upsample_kernels": (16, 8, 4, 4, 4),
                          "block_kernels": (3, 5, 7), "discriminators": ("mpd", "msd", "ms_stft", "ms_sb_cqt"),
                          "mpd_periods": (2, 3, 5, 7, 11, 17, 23, 37), "mpd_last_stride": 3},
+        "smoke": {"channels": 64, "block_kernels": (3,), "block_dilations": ((1, 3),),
+                  "discriminators": ("mpd",), "discriminator_width": 0.1, "mpd_periods": (2, 3)},
     }
 
     upsample_rates: tuple[int, ...] = (8, 8, 2, 2)

@@ -34,7 +34,9 @@ class Config(GanConfig):
     residual_layers: blocks behind each step, of dilation 1, 3, 9 and so on.
     """
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"base": {}, "paper": {"lambda_mel": 0.0}}
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "base": {}, "paper": {"lambda_mel": 0.0},
+        "smoke": {"channels": 8, "residual_layers": 1, "discriminator_width": 0.1}}
 
     discriminators: tuple[str, ...] = ("msd",)
     adversarial: Literal["lsgan", "hinge"] = "hinge"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from featstore_zoo.gan import GanConfig
-from featstore_zoo.vocoder import Span, Vocoder, check_blocks, check_steps_up, upsampled, widened
+from featstore_zoo.vocoder import Span, Vocoder, check_blocks, check_steps_up, mixed, noise, seed_of, upsampled, widened
 
 SLOPE = 0.1
 FRAMES = 2048  # of source made at once: an hour of nine sines would not fit in memory
@@ -47,6 +47,8 @@ class Config(GanConfig):
                     "upsample_kernels": (16, 16, 4, 4, 4)},
         "amphion": {"channels": 768, "upsample_rates": (8, 4, 2, 2, 2), "upsample_kernels": (16, 8, 4, 4, 4),
                     "discriminators": ("mpd", "msd", "ms_stft", "ms_sb_cqt"), "mpd_last_stride": 3},
+        "smoke": {"channels": 64, "block_kernels": (3,), "block_dilations": ((1, 3),),
+                  "discriminators": ("mpd",), "discriminator_width": 0.1, "mpd_periods": (2, 3)},
     }
 
     upsample_rates: tuple[int, ...] = (8, 8, 2, 2)
@@ -86,27 +88,39 @@ class Source(nn.Module):
         self.config = config
         self.l_linear = nn.Linear(config.harmonics + 1, 1)
 
-    def forward(self, f0: Tensor, generator: torch.Generator) -> Tensor:
-        config, count = self.config, self.config.harmonics + 1
+    def forward(self, f0: Tensor, seed: int, span: tuple[int, int]) -> Tensor:
+        """The excitation of frames [start, stop) of f0, (B, 1, (stop - start) hop)."""
+        count = self.config.harmonics + 1
+        first = torch.rand(len(f0), count, generator=torch.Generator().manual_seed(mixed(seed))).to(f0)
+        first[:, 0] = 0
+        pieces = []
+        for frames in torch.arange(*span).split(FRAMES):
+            start, stop = int(frames[0]), int(frames[-1]) + 1
+            hiss = noise(seed, (len(f0), count), (start, stop), self.config.hop_length).to(f0)
+            pieces.append(self.excite(f0, first, hiss, start, stop))
+        return torch.cat(pieces, 2)
+
+    def excite(self, f0: Tensor, first: Tensor, hiss: Tensor, start: int, stop: int) -> Tensor:
+        """(B, 1, (stop - start) hop) for frames [start, stop) of f0 (B, T).
+
+        first: the phase of each sine before the song begins, in turns, (B, K). hiss: normal numbers (B, K, samples).
+        """
+        config = self.config
         exact = f0.detach().to("cpu" if f0.device.type == "mps" else f0.device, torch.float64)  # MPS has no float64
         step = exact / config.sample_rate  # turns per sample, (B, T)
-        start = (torch.cumsum(step, 1) - step) * config.hop_length % 1  # at the sample before the frame, (B, T)
-        first = torch.rand(len(f0), count, generator=generator, device=generator.device).to(exact)
-        first[:, 0] = 0
-        order = torch.arange(1, count + 1, dtype=exact.dtype, device=exact.device)
+        begin = (torch.cumsum(step, 1) - step) * config.hop_length  # at the sample before the frame, (B, T)
+        begin, step = (begin - begin.floor())[:, start:stop], step[:, start:stop]
+        order = torch.arange(1, config.harmonics + 2, dtype=exact.dtype, device=exact.device)
         inside = torch.arange(1, config.hop_length + 1, dtype=exact.dtype, device=exact.device)
-        pieces = []
-        for frames in torch.arange(f0.shape[1]).split(FRAMES):
-            turns = start[:, frames, None] + step[:, frames, None] * inside  # (B, T, hop)
-            phase = (turns[..., None] * order + first[:, None, None]) % 1  # (B, T, hop, harmonics)
-            heard = step[:, frames, None, None] * order < 0.5
-            sines = config.sine_amplitude * (heard * torch.sin(2 * math.pi * phase)).to(f0.device, f0.dtype)
-            noise = torch.randn(sines.shape, generator=generator, device=generator.device).to(sines)
-            voiced = (f0[:, frames] > 0)[..., None, None]
-            excitation = torch.where(voiced, sines + config.noise_std * noise, config.sine_amplitude / 3 * noise)
-            mixed = self.l_linear(excitation.to(self.l_linear.weight.dtype))
-            pieces.append(torch.tanh(mixed).flatten(1))  # (B, T hop)
-        return torch.cat(pieces, 1)[:, None]
+        turns = begin[..., None] + step[..., None] * inside  # (B, T, hop)
+        phase = turns[..., None] * order + first.to(exact)[:, None, None]  # (B, T, hop, K)
+        heard = (step[..., None, None] * order < 0.5).to(exact)
+        sines = config.sine_amplitude * (heard * torch.sin(2 * math.pi * (phase - phase.floor()))).to(f0)
+        hiss = hiss.unflatten(2, (-1, config.hop_length)).permute(0, 2, 3, 1)  # (B, T, hop, K)
+        voiced = (f0[:, start:stop] > 0)[..., None, None]
+        excitation = torch.where(voiced, sines + config.noise_std * hiss, config.sine_amplitude / 3 * hiss)
+        excitation = self.l_linear(excitation.to(self.l_linear.weight.dtype))
+        return torch.tanh(excitation).flatten(1)[:, None]
 
 
 class ResBlock(nn.Module):
@@ -170,11 +184,12 @@ class Model(Vocoder):
         mel = widened(mel, 3)
         return (max(-mel[0], math.ceil(-source[0] / self.hop_length)), max(mel[1], source[1] // self.hop_length))
 
-    def source(self, log_mel: Tensor, f0: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    def source(self, log_mel: Tensor, f0: Tensor | None, generator: torch.Generator | None,
+               span: tuple[int, int] | None = None) -> Tensor:
         """The excitation (B, 1, T hop_length)."""
         if f0 is None or generator is None:
             raise ValueError("the source is made of f0 and of noise: give f0 and generator")
-        return self.m_source(f0.float(), generator)
+        return self.m_source(f0.float(), seed_of(generator), span or (0, f0.shape[1]))
 
     def render(self, log_mel: Tensor, source: Tensor | None = None) -> Tensor:
         if source is None:

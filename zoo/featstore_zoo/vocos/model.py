@@ -31,6 +31,8 @@ class Config(GanConfig):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "base": {},
         "mel-24khz": {"mel_scale": "htk", "norm": "none", "eps": 0.0, "floor": 1e-7, "padding": "centre"},
+        "smoke": {"dim": 96, "hidden": 192, "layers": 3, "discriminators": ("mpd",), "discriminator_width": 0.1,
+                  "mpd_periods": (2, 3)},
     }
 
     discriminators: tuple[str, ...] = ("mpd", "mrd")
