@@ -99,5 +99,6 @@ def main() -> None:
 from . import store as _store  # noqa: E402  - its commands register themselves with `cli`
 from . import upkeep as _upkeep  # noqa: E402
 from . import weights as _weights  # noqa: E402
+from . import zoo as _zoo  # noqa: E402
 
-__all__ = ["_store", "_upkeep", "_weights", "cli", "main"]
+__all__ = ["_store", "_upkeep", "_weights", "_zoo", "cli", "main"]

@@ -1,0 +1,240 @@
+"""Commands about models: train, vocode, and what the zoo has."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import cli, display
+from .request import json_option, open_store
+
+if TYPE_CHECKING:
+    from featstore_zoo.training import Told
+    from featstore_zoo.vocode import Made
+
+DEVICE = click.option("--device", default="cpu", show_default=True, metavar="DEVICE",
+                      help="cpu, cuda, cuda:0,1 (both train one model), mps.")
+OUT = click.option("-o", "--out", required=True, type=click.Path(path_type=Path))
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--mel", default="log-mel", show_default=True, metavar="NAME", help="The log-mel.")
+@click.option("--wave", default="wave", show_default=True, metavar="NAME", help="The waveform.")
+@click.option("--f0", default="f0", show_default=True, metavar="NAME", help="f0, where it is heard.")
+@click.option("--split", metavar="S", help="Learn from S/train, validate on S/valid.  [default: hold out 5 %]")
+@click.option("--init", type=click.Path(path_type=Path), metavar="RUN", help="Begin with the weights of another run.")
+@click.option("--resume", is_flag=True, help="Go on with the run in -o.")
+@click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A field of model or training; again.")
+@click.option("--steps", type=click.IntRange(1), help="As --set steps=N; with --resume, how far to go on.")
+@click.option("--precision", type=click.Choice(["32", "bf16", "16"]), help="As --set precision=P.")
+@DEVICE
+@click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that read batches.")
+@click.option("--smoke", is_flag=True, help="Twenty steps of a small model, to see that everything works.")
+def train(model: str, store: Path, out: Path, mel: str, wave: str, f0: str, split: str | None, init: Path | None,
+          resume: bool, fields: tuple[str, ...], steps: int | None, precision: str | None, device: str, workers: int,
+          smoke: bool) -> None:
+    """Train MODEL (see `featstore zoo ls`) on the features of STORE into a run folder.
+
+    \b
+    Example: featstore train hifigan:v1 songs.zarr -o runs/voc --set batch=16
+             featstore train hifigan:v1 songs.zarr -o runs/voc --resume
+    """
+    from featstore_zoo import card, run, training
+
+    opened = open_store(store)
+    given = dict(_pair(text) for text in fields)
+    given |= {name: str(value) for name, value in (("steps", steps), ("precision", precision)) if value is not None}
+    if not resume:
+        names = {"log-mel": mel, "wave": wave, "f0": f0}
+        training.prepare(out, opened, model, fields=given, names=names, split=split, init=init, smoke=smoke)
+    elif set(given) - {"steps"}:
+        raise click.UsageError(f"--resume goes on as {out} was begun: only --steps may be given, not "
+                               f"{', '.join(sorted(set(given) - {'steps'}))}")
+    begin = time.monotonic()
+    with TrainProgress() as progress:
+        done = training.train(out, store, device=device, workers=workers, resume=resume, steps=steps,
+                              progress=progress)
+    card.trained(run.load(out), opened, device, time.monotonic() - begin)
+    terms = ", ".join(f"{name} {value:.3f}" for name, value in done.terms.items())
+    display.say(f"{out}: {done.step:,} steps, {terms}")
+    if done.early:
+        display.say("stopped early: validation no longer gets better; the best weights are in checkpoints/best")
+    if done.interrupted:
+        display.say(f"Interrupted and kept. Go on: featstore train {model} {store} -o {out} --resume")
+        raise click.exceptions.Exit(130)
+
+
+@cli.command()
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--vocoder", required=True, metavar="RUN|griffin-lim", help="Folder of a run, or no network at all.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A .wav or .flac file, or a folder.")
+@click.option("--format", "form", type=click.Choice(["wav", "flac"]), help="Of files in a folder.  [default: wav]")
+@DEVICE
+@click.option("--precision", type=click.Choice(["32", "bf16", "16"]), default="32", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Through torch.compile: a minute first, then faster.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of vocoders that draw noise.")
+@json_option
+def vocode(inputs: tuple[Path, ...], vocoder: str, out: Path, form: str | None, device: str, precision: Any,
+           compiled: bool, seed: int, as_json: bool) -> None:
+    """Turn the log-mels of INPUTS (recordings, folders, stores) back into sound, through a vocoder.
+
+    \b
+    Example: featstore vocode song.wav --vocoder runs/voc -o resynthesised.wav
+             featstore vocode songs.zarr --vocoder griffin-lim -o out/
+    """
+    from featstore_zoo import vocode as v
+
+    made = v.files(inputs, vocoder, out, device=device, seed=seed, precision=precision, compiled=compiled, form=form,
+                   progress=None if as_json else _say_made())
+    if as_json:
+        display.say_json([{"key": one.key, "path": str(one.path), "seconds": one.seconds, "took_s": one.took_s}
+                          for one in made])
+        return
+    seconds, took = sum(one.seconds for one in made), sum(one.took_s for one in made)
+    display.say(f"{len(made):,} written to {out}, {display.length(seconds)} in {display.length(took)} "
+                f"({seconds / max(took, 1e-9):.1f} x real time)")
+
+
+@cli.group()
+def zoo() -> None:
+    """Models: which there are, weights from elsewhere, model cards.
+
+    \b
+    Example: featstore zoo ls
+    """
+
+
+@zoo.command("ls")
+@json_option
+def list_models(as_json: bool) -> None:
+    """The models that can be trained, with their presets and sizes.
+
+    \b
+    Example: featstore zoo ls
+    """
+    from featstore_zoo import catalogue
+
+    rows = catalogue()
+    if as_json:
+        display.say_json([row._asdict() for row in rows])
+        return
+    display.table([(row.name, row.kind, row.preset, f"{row.parameters / 1e6:.2f} M", row.says) for row in rows],
+                  ("model", "kind", "preset", "parameters", "what it is"))
+
+
+@zoo.command("import")
+@click.argument("path", type=click.Path(path_type=Path, exists=True))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="What the files do not say; again.")
+def import_weights(path: Path, out: Path, fields: tuple[str, ...]) -> None:
+    """Turn weights from elsewhere (a file, or the folder they were published in) into the folder of a run.
+
+    \b
+    Example: featstore zoo import generator_v1 -o runs/hifigan
+    """
+    from featstore_zoo import layouts
+
+    found = layouts.convert(path, out, dict(_pair(text) for text in fields))
+    display.say(f"{out}: {found.model} from {found.layout}")
+    for remark in found.remarks:
+        display.say(f"  {remark}")
+
+
+@zoo.command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="File to write, .onnx.")
+def export_run(run: Path, out: Path) -> None:
+    """Write the vocoder of RUN as ONNX, with weight norm put into its weights.
+
+    \b
+    Example: featstore zoo export runs/voc -o voc.onnx
+    """
+    from featstore_zoo import onnx
+    from featstore_zoo import run as runs
+
+    onnx.export(runs.load(run), out)
+    display.say(f"{out}: {display.size(out.stat().st_size)}")
+
+
+@zoo.command("card")
+@click.argument("run", type=click.Path(path_type=Path))
+def show_card(run: Path) -> None:
+    """Render the model card of RUN into its README.md and say what it lacks; exit status 1 if it lacks something.
+
+    \b
+    Example: featstore zoo card runs/voc
+    """
+    from featstore_zoo import card
+    from featstore_zoo import run as runs
+
+    written = card.write(runs.load(run))
+    lacks = card.problems(written.read_text("utf-8"))
+    display.say(f"{written}: " + ("complete" if not lacks else f"{len(lacks)} things are missing"))
+    for line in lacks:
+        display.say(f"  {line}")
+    if lacks:
+        raise click.exceptions.Exit(1)
+
+
+class TrainProgress:
+    """Shows how far training is: a bar on a terminal, a line now and then elsewhere; on stderr."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._last = 0.0
+
+    def __enter__(self) -> TrainProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, told: Told) -> None:
+        now = time.monotonic()
+        if sys.stderr.isatty():
+            self._draw(told)
+        elif now - self._last >= display.LINE_S or told.step == told.steps:
+            self._last = now
+            click.echo(_told(told), err=True)
+
+    def _draw(self, told: Told) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._bar is None:
+            self._bar = Progress(BarColumn(20), TimeRemainingColumn(), TextColumn("{task.description}"),
+                                 console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=told.steps)
+            self._bar.start()
+        self._bar.update(self._task, completed=told.step, description=_told(told))
+
+
+def _told(told: Told) -> str:
+    terms = ", ".join(f"{name} {value:.3f}" for name, value in told.terms.items())
+    valid = "".join(f"; valid {name} {value:.3f}" for name, value in told.validated.items() if name == "score")
+    return f"{told.step:,} of {told.steps:,} steps: {terms}{valid}; waiting for data {100 * told.loader_share:.0f} %"
+
+
+def _say_made() -> Callable[[Made, int, int], None]:
+    def show(made: Made, number: int, count: int) -> None:
+        click.echo(f"{number:,} of {count:,}  {made.path}  {made.seconds / max(made.took_s, 1e-9):.1f} x real time",
+                   err=True)
+
+    return show
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"--set {text!r}: expected FIELD=VALUE")
+    return name.strip(), value.strip()

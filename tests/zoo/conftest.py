@@ -1,0 +1,30 @@
+"""A small store of real recordings for models to learn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import featstore as fs
+from featstore_extractors import parse
+
+SMALL = {"channels": 32, "discriminators": ["mpd"], "discriminator_width": 0.05, "mpd_periods": [2, 3],
+         "block_kernels": [3], "block_dilations": [[1, 3]], "batch": 2, "frames": 16, "validate_every": 1000,
+         "valid_utterances": 1, "valid_s": 0.5}
+
+
+@pytest.fixture(scope="session")
+def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of four sentences of two speakers: log-mel, f0, wave."""
+    from conftest import ROOT
+
+    home = tmp_path_factory.mktemp("voices")
+    for name in ("vctk_p225", "vctk_p226"):
+        (home / "corpus" / name).mkdir(parents=True)
+        for path in sorted((ROOT / "examples" / "corpus" / name).glob("*.flac")):
+            (home / "corpus" / name / path.name).symlink_to(path)
+    store = fs.create(home / "voices.zarr")
+    report = fs.extract(fs.corpus(home / "corpus"), store, parse("log-mel", "f0:dio", "wave"), workers=0)
+    assert not report.failures
+    return home / "voices.zarr"

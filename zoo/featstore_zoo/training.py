@@ -1,0 +1,568 @@
+"""The loop that trains every model of the zoo: optimisers, precision, several devices, checkpoints, exact resume.
+
+On Lightning Fabric: it gives devices, precision, gradient scaling and DDP, and leaves the loop to us. (accelerate wraps
+the data loader as well and keeps its position itself; here a batch is a function of its number, and so a checkpoint
+has one integer for it.) A step is a pure function of weights, optimisers and the number of the step: every random draw
+is seeded by (seed, step, rank). A run that was killed and resumed has the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import featstore as fs
+from featstore.errors import BadRequest, CannotLoad, ContractMismatch, FeatstoreError, nearest
+from featstore.torch import loader
+from featstore_extractors.signal import MelContract
+
+from . import run as runs
+from .run import Run
+
+Precision = Literal["32", "bf16", "16"]
+Balance = Literal["none", "speaker", "corpus"]
+MODEL, ADVERSARY = "model", "adversary"
+FABRIC_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+class Diverged(FeatstoreError, ArithmeticError):
+    """Gradients were not finite for many steps in a row."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained. A package may have other defaults, in `TRAINING`.
+
+    steps: updates of the weights; batch: crops in each, over all devices; frames: of a crop.
+    accumulate: batches whose gradients make one update.
+    learning_rate: times `decay` every `decay_every` steps; beta1, beta2, weight_decay: of AdamW (1711.05101).
+    clip: gradients longer than this are shortened to it, model and discriminators each; 0 leaves them.
+    ema: of the weights that are used and kept: their average over about 1 / (1 - ema) steps; 0 takes them as they are.
+    precision: 32, or bf16 and 16, in which products are computed while weights stay in 32.
+    compile: through torch.compile.
+    balance: whether speakers or corpora are drawn equally often, whatever they recorded.
+    validate_every, save_every: steps. patience: validations without a better one after which it ends; 0: never.
+    valid_utterances, valid_s: how many are validated on, and of each how many seconds.
+    skips: steps in a row with gradients that are not finite, after which training is given up.
+    """
+
+    steps: int = 200_000
+    batch: int = 16
+    frames: int = 32
+    accumulate: int = 1
+    seed: int = 0
+    learning_rate: float = 2e-4
+    beta1: float = 0.8
+    beta2: float = 0.99
+    weight_decay: float = 0.01
+    decay: float = 0.999
+    decay_every: int = 1000
+    clip: float = 0.0
+    ema: float = 0.999
+    precision: Precision = "32"
+    compile: bool = False
+    balance: Balance = "none"
+    validate_every: int = 5000
+    save_every: int = 1000
+    patience: int = 0
+    valid_utterances: int = 8
+    valid_s: float = 8.0
+    skips: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "frames", "accumulate", "decay_every", "validate_every", "save_every", "skips"):
+            if getattr(self, name) < 1:
+                raise BadRequest(f"{name} {getattr(self, name)}: expected at least 1")
+        if not 0 <= self.ema < 1 or self.clip < 0 or self.learning_rate <= 0 or not 0 < self.decay <= 1:
+            raise BadRequest(f"ema {self.ema:g} must be in [0, 1), clip {self.clip:g} not negative, learning_rate "
+                             f"{self.learning_rate:g} above 0, decay {self.decay:g} in (0, 1]")
+        for name, kind in (("precision", Precision), ("balance", Balance)):
+            if getattr(self, name) not in get_args(kind):
+                raise BadRequest(f"{name} {getattr(self, name)!r}: expected one of {', '.join(get_args(kind))}")
+
+
+@dataclass(frozen=True)
+class Told:
+    """How far training is. `terms`: losses of the last step; `loader_share`: of the time so far, waiting for data."""
+
+    step: int
+    steps: int
+    terms: Mapping[str, float]
+    elapsed_s: float
+    loader_share: float
+    validated: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended. `interrupted`: by Ctrl-C, everything kept; `early`: for want of a better validation."""
+
+    step: int
+    terms: Mapping[str, float]
+    best: float
+    interrupted: bool = False
+    early: bool = False
+
+
+def train(path: str | Path, store: str | Path, *, device: str = "cpu", workers: int = 2, resume: bool = False,
+          steps: int | None = None, progress: Callable[[Told], None] | None = None) -> Outcome:
+    """Train the run in a folder on a store, to the end of its steps.
+
+    device: "cpu", "cuda", "cuda:0,1" (data parallel), "mps"; "cpu:0,1" are two processes.
+    workers: processes that read batches; 0 for none beside this one.
+    resume: go on from checkpoints/last; otherwise a run that has one is refused.
+    steps: other than the run says, as when it is to go on for longer.
+
+    Ctrl-C ends the step, keeps a checkpoint and returns with `Outcome.interrupted`.
+
+    Raises:
+        NotARun, CannotLoad: the run or its checkpoint cannot be read, or is there already.
+        MissingFeature, IdentityMismatch: the store does not serve what the run reads.
+        Diverged: gradients stayed infinite or NaN; the last checkpoint is whole.
+    """
+    opened = runs.load(path)
+    if not resume and (opened.path / LAST).exists():
+        raise runs.NotARun(f"{path} has been trained already: go on with --resume, or choose another folder (-o)")
+    opened.check_store(fs.open(store))
+    fabric = _fabric(device, training_of(opened).precision)
+    with _left_to_children() if fabric.world_size > 1 else contextlib.nullcontext():
+        work = partial(_work, path=str(path), store=str(store), workers=workers, resume=resume, steps=steps,
+                       progress=progress)
+        return fabric.launch(work)
+
+
+@contextlib.contextmanager
+def _left_to_children() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal; the one that only waits for the others must outlive them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def prepare(path: str | Path, store: fs.Store, model: str, *, fields: Mapping[str, Any] | None = None,
+            names: Mapping[str, str] | None = None, split: str | None = None, init: str | Path | None = None,
+            smoke: bool = False) -> Run:
+    """A new run folder for a model on a store, all but its weights.
+
+    model: a name in the zoo, with a preset if there is one: "hifigan:v2"; or an import path.
+    fields: of its Config and of `Training`, by name.
+    names: role -> the feature that plays it, where it is not called like its role: {"log-mel": "mel44"}.
+    split: of the store, whose train part is learnt from and whose valid part is validated on; without one, one in
+        twenty utterances is held out, at most `valid_utterances`.
+    init: a run whose weights to begin with.
+    smoke: twenty steps of a small configuration, to see that everything works.
+
+    Raises:
+        BadRequest: an unknown field, or a value that makes no sense.
+        ContractMismatch: fields that contradict the mel contract of the store's log-mel.
+        MissingFeature: the store lacks what the model reads.
+    """
+    name, _, preset = model.partition(":")
+    package = runs.package_of(name)
+    given = dict(SMOKE if smoke else {}) | dict(fields or {})
+    known = {f.name for f in dataclasses.fields(Training)}
+    roles = {"log-mel": "log-mel", "wave": "wave", "f0": "f0"} | dict(names or {})
+    mel = store.feature(roles["log-mel"])
+    config = _config(package, preset or ("smoke" if smoke else ""), mel,
+                     {name: value for name, value in given.items() if name not in known})
+    wanted = ["log-mel", "wave", *(["f0"] if getattr(package.Model, "needs_f0", False) else [])]
+    reads = {role: (runs.Read(roles[role], store.feature(roles[role]).spec),) for role in wanted}
+    _check_wave(reads["wave"][0], config)
+    own = getattr(package, "TRAINING", {})
+    training = typed(Training, dict(own) | {name: value for name, value in given.items() if name in known})
+    record = dataclasses.asdict(training)
+    if split:
+        record["split"] = split
+    else:
+        record["held_out"] = _held_out(store, training)
+    if init is not None:
+        record["init"] = str(Path(init).resolve())
+    return runs.create(path, runs.Settings(name, config, config.contract, reads, "edges", record))
+
+
+SMOKE = {"steps": 20, "batch": 2, "validate_every": 20, "save_every": 20, "valid_utterances": 1, "valid_s": 1.0,
+         "learning_rate": 1e-3, "ema": 0.0}
+
+
+def _config(package: ModuleType, preset: str, mel: fs.Feature, fields: Mapping[str, Any]) -> Any:
+    """The model's Config for the contract of the store's log-mel."""
+    held = MelContract.from_settings(mel.spec.settings)
+    if preset:
+        package.Config.preset(preset)  # ValueError names those there are
+    base = dict(package.Config.PRESETS.get(preset, {}))
+    contract = {f.name: getattr(held, f.name) for f in dataclasses.fields(MelContract)}
+    for name in contract.keys() & fields.keys():
+        if str(fields[name]) != str(contract[name]):
+            raise ContractMismatch(f"{name}={fields[name]} was asked for, and the store's {mel.name} has {name} "
+                                   f"{contract[name]}: extract another log-mel, or leave it out")
+    return typed(package.Config, contract | base | {n: v for n, v in fields.items() if n not in contract})
+
+
+def typed(kind: Any, values: Mapping[str, Any]) -> Any:
+    """`kind(**values)`, texts read as what the fields' defaults are. BadRequest names a field that is not known."""
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    for name in values:
+        if name not in defaults:
+            raise BadRequest(f"no field {name!r} ({nearest(name, [*defaults, *_training_names(kind)])})")
+    try:
+        return kind(**{name: _read(name, value, defaults[name]) for name, value in values.items()})
+    except BadRequest:
+        raise
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+
+
+def _training_names(kind: Any) -> list[str]:
+    return [] if kind is Training else [f.name for f in dataclasses.fields(Training)]
+
+
+def _read(name: str, value: Any, default: Any) -> Any:
+    """A value given as text, as the type of the field's default: numbers, true and false, lists as JSON."""
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        raise BadRequest(f"{name}={value}: expected something like {json.dumps(default)}") from None
+    fits = {bool: (bool,), int: (int,), float: (int, float), tuple: (list,)}.get(type(default), (object,))
+    if not isinstance(found, fits) or (isinstance(found, bool) and not isinstance(default, bool)):
+        raise BadRequest(f"{name}={value}: expected something like {json.dumps(default)}")
+    return found
+
+
+def _check_wave(read: runs.Read, config: Any) -> None:
+    if read.spec.kind != "samples" or read.spec.sample_rate != config.sample_rate:
+        raise ContractMismatch(f"{read.name} has sample rate {read.spec.sample_rate} and log-mel {config.sample_rate}: "
+                               "a vocoder learns from both at one rate. Extract it: -f wave,sample_rate="
+                               f"{config.sample_rate}")
+
+
+def _held_out(store: fs.Store, training: Training) -> list[str]:
+    """Every twentieth utterance by the hash of its key, at most as many as are validated on; of a few, one."""
+    ranked = sorted(store.utterances, key=lambda key: hashlib.sha256(f"{training.seed} {key}".encode()).digest())
+    count = min(max(1, len(ranked) // 20), training.valid_utterances)
+    return ranked[:count] if len(ranked) > 1 else []
+
+
+def training_of(run: Run) -> Training:
+    """How a run is trained."""
+    known = {f.name for f in dataclasses.fields(Training)}
+    return Training(**{name: value for name, value in run.settings.training.items() if name in known})
+
+
+def _fabric(device: str, precision: Precision) -> Fabric:
+    kind, _, numbers = device.partition(":")
+    ids = [int(number) for number in numbers.split(",")] if numbers else [0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CannotLoad("device cuda: this machine, or this build of torch, has no CUDA; use --device cpu")
+    if kind not in ("cpu", "cuda", "mps"):
+        raise BadRequest(f"device {device!r}: expected cpu, cuda, cuda:0,1 or mps")
+    devices: Any = len(ids) if kind == "cpu" else ids
+    return Fabric(accelerator=kind, devices=devices, strategy="ddp_spawn" if len(ids) > 1 else "auto",
+                  precision=FABRIC_PRECISION[precision])
+
+
+def _work(fabric: Fabric, path: str, store: str, workers: int, resume: bool, steps: int | None,
+          progress: Callable[[Told], None] | None) -> Outcome:
+    """One process of a training."""
+    trainer = Trainer(fabric, runs.load(path), fs.open(store), workers, steps)
+    if resume:
+        trainer.restore()
+    return trainer.go(progress if fabric.global_rank == 0 else None)
+
+
+class Trainee(nn.Module):
+    """What is trained, as one module: a batch to its losses. Both sides in one forward, so that DDP sees them."""
+
+    def __init__(self, package: ModuleType, model: nn.Module, adversary: nn.Module | None) -> None:
+        super().__init__()
+        self._losses = package.losses
+        self.model, self.adversary = model, adversary
+
+    def forward(self, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        more = {} if self.adversary is None else {"adversary": self.adversary}
+        terms: dict[str, Tensor] = self._losses(self.model, batch, generator, **more)
+        return terms
+
+
+class Trainer:
+    """One training in one process: weights, optimisers, averages, batches."""
+
+    def __init__(self, fabric: Fabric, run: Run, store: fs.Store, workers: int, steps: int | None) -> None:
+        self.fabric, self.run, self.workers = fabric, run, workers
+        self.training = training_of(run)
+        self.steps = steps or self.training.steps
+        self.package = run.settings.package
+        torch.manual_seed(self.training.seed)
+        self.model = self._initial()
+        adversary = self.package.Adversary(run.settings.config) if hasattr(self.package, "Adversary") else None
+        if adversary is not None and not any(True for _ in adversary.parameters()):
+            adversary = None
+        self.average = _averaged(self.model, self.training.ema)
+        self.optimisers = {MODEL: self._optimiser(self.model)}
+        if adversary is not None:
+            self.optimisers[ADVERSARY] = self._optimiser(adversary)
+        trainee: Any = Trainee(self.package, self.model, adversary)
+        if self.training.compile:
+            trainee = torch.compile(trainee)
+        self.trainee, *optimisers = fabric.setup(trainee, *self.optimisers.values())
+        self.optimisers = dict(zip(self.optimisers, optimisers, strict=True))
+        self.adversary = adversary
+        if self.average is not None:
+            self.average.to(fabric.device)
+        self.examples = Examples(run, store, self.training)
+        self.step = self.skipped = self.unimproved = 0
+        self.best = math.inf
+        self._stopping = False
+
+    def restore(self) -> None:
+        """Take up where checkpoints/last was written.
+
+        Raises:
+            CannotLoad: there is none, or it cannot be read.
+            PositionMismatch: the store's batches are no longer those it was trained on; what changed is named.
+        """
+        path = self.run.path / LAST
+        if not path.exists():
+            raise CannotLoad(f"{self.run.path} has no checkpoint to go on from ({path}); leave --resume out to begin")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a truncated or foreign file does
+            raise CannotLoad(f"{path} cannot be read ({error}); it may be truncated. Begin again from the weights: "
+                             f"featstore train ... --init {self.run.path}") from error
+        self.examples.crops.resume(state["position"])  # PositionMismatch where the store's batches are others now
+        self.model.load_state_dict(state[MODEL])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state[ADVERSARY])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        self.step, self.best, self.unimproved = state["step"], state["best"], state["unimproved"]
+
+    def go(self, progress: Callable[[Told], None] | None) -> Outcome:
+        from .validation import Log
+
+        begin, waited = time.monotonic(), 0.0
+        terms: dict[str, float] = {}
+        validated: dict[str, float] = {}
+        log = Log(self.run.path) if self.fabric.global_rank == 0 else None
+        batches = self._batches()
+        try:
+            with self._interruptible(), contextlib.closing(batches):
+                while self.step < self.steps and not self._asked_to_stop():
+                    tensors, waiting = next(batches)
+                    waited += waiting
+                    terms = self._update(tensors)
+                    self.step += 1
+                    elapsed = time.monotonic() - begin
+                    if log is not None:
+                        log.scalars(self.step, terms | {"learning rate": self._rate(self.step)})
+                    if self.step % self.training.validate_every == 0 or self.step == self.steps:
+                        validated = self._validate(log)
+                    if self.step % self.training.save_every == 0 or self.step == self.steps:
+                        self.save()
+                    if progress is not None:
+                        progress(Told(self.step, self.steps, terms, elapsed, waited / elapsed, validated))
+                    if self.training.patience and self.unimproved >= self.training.patience:
+                        self.save()
+                        return Outcome(self.step, terms, self.best, early=True)
+            if self._stopping:
+                self.save()
+            return Outcome(self.step, terms, self.best, interrupted=self._stopping)
+        finally:
+            if log is not None:
+                log.close()
+
+    def save(self) -> None:
+        """Put a checkpoint and the weights to use in place, each in one step."""
+        if self.fabric.global_rank:
+            return
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        position = self.examples.crops.position(self.step * self.training.accumulate)
+        state = {MODEL: self.model.state_dict(), "optimisers": {n: o.state_dict() for n, o in self.optimisers.items()},
+                 ADVERSARY: self.adversary.state_dict() if self.adversary is not None else {},
+                 "average": self.average.state_dict() if self.average is not None else {},
+                 "scaler": scaler.state_dict() if scaler is not None else {}, "position": position,
+                 "step": self.step, "best": self.best, "unimproved": self.unimproved}
+        runs.put_state(self.run.path / LAST, state)
+        runs.save(self.run.path, self.run.settings, self.used.state_dict(), self.step)
+
+    @property
+    def used(self) -> nn.Module:
+        """The model with the weights that are to be used: the averaged ones, where there are."""
+        return self.average.module if self.average is not None else self.model
+
+    def _initial(self) -> nn.Module:
+        """A fresh model, or one with the weights of the run it is to start from."""
+        model = self.run.network()
+        start = self.run.settings.training.get("init")
+        if start:
+            runs.load_weights(model, Path(start) / "model.safetensors")
+        return model
+
+    def _optimiser(self, module: nn.Module) -> torch.optim.Optimizer:
+        t = self.training
+        return torch.optim.AdamW(module.parameters(), t.learning_rate, (t.beta1, t.beta2), weight_decay=t.weight_decay)
+
+    def _rate(self, step: int) -> float:
+        return self.training.learning_rate * self.training.decay ** (step / self.training.decay_every)
+
+    def _batches(self) -> Generator[tuple[list[dict[str, Tensor]], float]]:
+        """The batches of one update after the other, and the seconds that were waited for them."""
+        count, rank, world = self.training.accumulate, self.fabric.global_rank, self.fabric.world_size
+        batches = loader(self.examples.crops, workers=self.workers, device=self.fabric.device, start=self.step * count,
+                         rank=rank, world=world)
+        with contextlib.closing(batches):  # type: ignore[type-var]  # it is a generator
+            while True:
+                begin = time.monotonic()
+                some = [self.examples.by_role(next(batches)) for _ in range(count)]
+                yield some, time.monotonic() - begin
+
+    def _update(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+        """One step of the optimisers; the losses it began with."""
+        self.trainee.train()
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad()
+            for group in optimiser.param_groups:
+                group["lr"] = self._rate(self.step)
+        terms: dict[str, Any] = {}
+        for number, batch in enumerate(batches):
+            seed = _seed(self.training.seed, self.step, number, self.fabric.global_rank)
+            torch.manual_seed(seed)
+            last = number == len(batches) - 1
+            with self.fabric.no_backward_sync(self.trainee, enabled=not last):
+                found = self.trainee(batch, seed)
+                self.fabric.backward(torch.stack([term.float() for term in found.values()]).sum() / len(batches))
+            for name, term in found.items():
+                terms[name] = terms.get(name, 0) + term.detach() / len(batches)
+        self._step_optimisers()
+        return {name: float(value) for name, value in terms.items()}
+
+    def _step_optimisers(self) -> None:
+        """Update weights and their average, unless a gradient is not finite: then all stay as they are."""
+        norms: list[Any] = [self.fabric.clip_gradients(self.trainee, optimiser, error_if_nonfinite=False,
+                                                       max_norm=self.training.clip or math.inf)
+                            for optimiser in self.optimisers.values()]
+        finite = all(math.isfinite(float(norm)) for norm in norms if norm is not None)
+        if finite or self.training.precision == "16":  # the scaler leaves such a step out itself, and lowers its scale
+            for optimiser in self.optimisers.values():
+                optimiser.step()
+        if finite:
+            self.skipped = 0
+            if self.average is not None:
+                self.average.update_parameters(self.model)
+            return
+        self.skipped += 1
+        if self.skipped >= self.training.skips:
+            raise Diverged(f"{self.run.path}: gradients were NaN or infinite for {self.skipped} steps in a row, up to "
+                           f"step {self.step}. checkpoints/last is whole: go on from it with a lower learning_rate, "
+                           "with clip=1, or in precision=32")
+
+    def _validate(self, log: Any) -> dict[str, float]:
+        """Metrics on held-out utterances by the weights that are used; the best so far are kept."""
+        found: dict[str, float] = {}
+        if log is not None:
+            from .validation import validate
+
+            found = validate(self.run, self.used, self.examples, self.step, log)
+            if found["score"] < self.best:
+                runs.put_tensors(self.run.path / BEST, self.used.state_dict())
+        score = float(self.fabric.broadcast(found.get("score", math.nan)))
+        self.unimproved = 0 if score < self.best else self.unimproved + 1
+        self.best = min(self.best, score)
+        return found
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was: all end after the same step, or those left would wait for the others for ever."""
+        if self.fabric.world_size > 1:
+            asked: Any = torch.tensor(float(self._stopping), device=self.fabric.device)
+            self._stopping = float(self.fabric.all_reduce(asked, reduce_op="sum")) > 0  # type: ignore[arg-type]
+        return self._stopping
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C ends the training after its step; the second at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            if self._stopping:
+                raise KeyboardInterrupt
+            self._stopping = True
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+LAST, BEST = Path("checkpoints/last/state.pt"), Path("checkpoints/best/model.safetensors")
+
+
+class Examples:
+    """What a run learns from: crops of its training part, and the utterances it is validated on."""
+
+    def __init__(self, run: Run, store: fs.Store, training: Training) -> None:
+        self._roles = {read.name: role for role, items in run.settings.reads.items() for read in items}
+        contract, like = run.settings.contract, run.settings.reads["log-mel"][0].name
+        split = run.settings.training.get("split")
+        names, timing = list(self._roles), run.settings.timing
+        if split:
+            here = store.view(names, like=like, timing=timing, split=f"{split}/train")
+            self.held_out = store.view(names, like=like, timing=timing, split=f"{split}/valid")
+        else:
+            known = run.settings.training.get("held_out", [])
+            kept = [key for key in store.utterances if key not in set(known)]
+            here = store.view(names, like=like, timing=timing, utterances=kept)
+            self.held_out = store.view(names, like=like, timing=timing, utterances=list(known))
+        self.crops = fs.crops(here, frames=training.frames, batch=training.batch, seed=training.seed,
+                              balance=None if training.balance == "none" else training.balance)
+        self.contract = contract
+
+    def named(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays under the names that models use."""
+        return {self._roles[name]: value for name, value in batch.items() if name in self._roles}
+
+    def by_role(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch under the names that models use."""
+        return {self._roles.get(name, name): value for name, value in batch.items()}
+
+
+def _averaged(model: nn.Module, ema: float) -> AveragedModel | None:
+    if not ema:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])

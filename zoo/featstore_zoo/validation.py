@@ -1,0 +1,136 @@
+"""What training is told of itself: metrics on held-out utterances, sounds, pictures, TensorBoard's log.
+
+    log/       TensorBoard: `tensorboard --logdir RUN/log`
+    samples/   STEP/KEY.flac and .png of the utterances validated on; reference/ the recordings themselves
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from featstore_extractors.signal import LogMel, MelContract
+
+from . import metrics
+from .run import Run
+from .vocode import synthesise
+
+if TYPE_CHECKING:
+    from .training import Examples
+
+Array = np.ndarray
+
+
+class Log:
+    """TensorBoard's log of a run, and its folder of samples."""
+
+    def __init__(self, root: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.root = root
+        self._writer = SummaryWriter(str(root / "log"), max_queue=50, flush_secs=30)
+
+    def scalars(self, step: int, values: Mapping[str, float], group: str = "train") -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def sample(self, step: int, key: str, reference: Array, made: Array, contract: MelContract) -> None:
+        """Sounds and spectrograms of one utterance, in the log and as files."""
+        import soundfile as sf
+
+        name = re.sub(r"[^\w.-]+", "_", key)
+        home, recorded = self.root / "samples" / f"{step:08d}", self.root / "samples" / "reference"
+        for folder in (home, recorded):
+            folder.mkdir(parents=True, exist_ok=True)
+        sf.write(home / f"{name}.flac", np.clip(made, -1, 1), contract.sample_rate)
+        if not (recorded / f"{name}.flac").exists():
+            sf.write(recorded / f"{name}.flac", np.clip(reference, -1, 1), contract.sample_rate)
+        self._writer.add_audio(key, torch.from_numpy(made.copy())[None], step, contract.sample_rate)
+        picture = spectrograms(reference, made, contract)
+        picture.savefig(home / f"{name}.png", dpi=100)
+        self._writer.add_figure(key, picture, step, close=True)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def validate(run: Run, model: nn.Module, examples: Examples, step: int, log: Log) -> dict[str, float]:
+    """Metrics of a vocoder over the held-out utterances, each a mean; "score" is what is to be least.
+
+    The score is the mean absolute difference of log-mels, which every vocoder has; where nothing is held out, NaN.
+    """
+    contract, training = run.settings.contract, run.settings.training
+    found: dict[str, list[float]] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for number, key in enumerate(list(examples.held_out)[:int(training.get("valid_utterances", 8))]):
+            frames = min(examples.held_out.length(key), int(training.get("valid_s", 8.0) * contract.frame_rate))
+            parts = examples.named(examples.held_out.crop(key, start=0, frames=frames))
+            made = synthesise(model, parts["log-mel"], parts.get("f0"), seed=int(training.get("seed", 0)))
+            for name, value in compare(parts["wave"], made, contract).items():
+                found.setdefault(name, []).append(value)
+            if number < 4:
+                log.sample(step, key, parts["wave"], made, contract)
+    finally:
+        model.train(was_training)
+    means = {name: float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+             for name, values in found.items()}
+    log.scalars(step, means, "valid")
+    return means | {"score": means.get("log-mel L1", math.nan)}
+
+
+def compare(reference: Array, made: Array, contract: MelContract) -> dict[str, float]:
+    """How far a waveform (N,) is from the recording it was made from: of equal length and timing."""
+    rate = contract.sample_rate
+    found = {"log-mel L1": log_mel_l1(reference, made, contract),
+             "multi-resolution STFT": metrics.multi_resolution_stft(reference, made),
+             "MCD dB": metrics.mel_cepstral_distortion(reference, made, rate, align="none")}
+    one, other = f0_of(reference, rate), f0_of(made, rate)
+    found |= {"F0CORR": metrics.f0_correlation(one, other), "F0RMSE cents": metrics.f0_rmse(one, other)}
+    try:
+        found["PESQ"] = metrics.pesq(reference, made, rate)
+    except ImportError:  # an extra of its own; everything else is there
+        found["PESQ"] = math.nan
+    return found
+
+
+def log_mel_l1(reference: Array, made: Array, contract: MelContract) -> float:
+    """Mean absolute difference of two waveforms' log-mels."""
+    run = LogMel(**vars(contract)).load("cpu")
+    one, other = run([reference.astype(np.float32), made.astype(np.float32)])
+    return float(np.abs(one - other).mean())
+
+
+def f0_of(wave: Array, sample_rate: int) -> Array:
+    """f0 (T,) in Hz every 5 ms by WORLD's DIO and StoneMask: quick, and the same for both of a pair."""
+    import pyworld
+
+    x = np.ascontiguousarray(wave, np.float64)
+    f0, times = pyworld.dio(x, sample_rate)
+    return np.asarray(pyworld.stonemask(x, f0, times, sample_rate))
+
+
+def spectrograms(reference: Array, made: Array, contract: MelContract) -> Any:
+    """A figure: log-mels of the recording and of what was made of it, one colour scale."""
+    from matplotlib.figure import Figure
+
+    run = LogMel(**vars(contract)).load("cpu")
+    pair = run([reference.astype(np.float32), made.astype(np.float32)])
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True, sharey=True)
+    low, high = float(np.percentile(pair[0], 1)), float(pair[0].max())
+    for axis, log_mel, title in zip(axes, pair, ("recording", "made"), strict=True):
+        seconds = len(log_mel) / float(contract.frame_rate)
+        axis.imshow(log_mel.T, origin="lower", aspect="auto", vmin=low, vmax=high, cmap="magma",
+                    extent=(0, seconds, 0, contract.n_mels))
+        axis.set_ylabel(f"{title}: mel band")
+    axes[-1].set_xlabel("seconds")
+    return figure
