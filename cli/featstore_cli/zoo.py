@@ -157,10 +157,10 @@ def export_run(run: Path, out: Path) -> None:
     \b
     Example: featstore zoo export runs/voc -o voc.onnx
     """
-    from featstore_zoo import onnx
+    from featstore_zoo import export
     from featstore_zoo import run as runs
 
-    onnx.export(runs.load(run), out)
+    export.to_onnx(runs.load(run), out)
     display.say(f"{out}: {display.size(out.stat().st_size)}")
 
 

@@ -15,7 +15,7 @@ runtime = pytest.importorskip("onnxruntime")
 import vocoders  # noqa: E402
 
 from featstore.errors import BadRequest  # noqa: E402
-from featstore_zoo import find, onnx, run  # noqa: E402
+from featstore_zoo import export, find, run  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -26,7 +26,7 @@ def test_onnx_equals_torch_for_any_number_of_frames(name, tmp_path):
     settings = run.Settings(name, model.config, model.config.contract)
     made = run.create(tmp_path / "run", settings)
     run.save(made.path, settings, model.state_dict(), 0)
-    onnx.export(run.load(made.path), tmp_path / "voc.onnx")
+    export.to_onnx(run.load(made.path), tmp_path / "voc.onnx")
     session = runtime.InferenceSession(str(tmp_path / "voc.onnx"), providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["contract"])["n_mels"] == 20
     for frames in (3, 20, 57):
@@ -48,5 +48,5 @@ def test_a_sampler_is_not_exported(tmp_path):
     made = run.create(tmp_path / "run", settings)
     run.save(made.path, settings, model.state_dict(), 0)
     with pytest.raises(BadRequest, match="noise in every step"):
-        onnx.export(run.load(made.path), tmp_path / "voc.onnx")
+        export.to_onnx(run.load(made.path), tmp_path / "voc.onnx")
     assert find("diffwave").Model.needs_generator

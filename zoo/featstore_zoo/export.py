@@ -31,7 +31,7 @@ FRAMES = 20  # of the example that the graph is traced with; any number may be g
 OPSET = 18
 
 
-def export(run: Run, out: Path) -> None:
+def to_onnx(run: Run, out: Path) -> None:
     """Write the vocoder of a run.
 
     Raises:
