@@ -122,9 +122,12 @@ def test_crops_begin_anywhere_with_equal_chance_and_never_reach_over_the_end(sto
 
 
 def test_balance_makes_the_values_of_a_field_equally_likely(view: fs.View) -> None:
+    fields = {"speaker": lambda u: u.speaker, "mood": lambda u: u.extra["mood"], "corpus": lambda u: u.root}
+
     def share(balance: str, weights: dict[str, float] | None = None) -> dict[str, float]:
         crops = fs.crops(view, frames=64, batch=1000, balance=balance, weights=weights)
-        found = Counter(_value(view, key, balance) for key, _ in drawn(crops, 12))
+        value = {key: fields[balance](utterance) for key, utterance in view.store.utterances.items()}
+        found = Counter(value[key] for key, _ in drawn(crops, 12))
         return {name: n / 12_000 for name, n in found.items()}
 
     assert share("speaker") == pytest.approx({f"s{i}": 1 / 6 for i in range(6)}, abs=0.015)
@@ -132,11 +135,6 @@ def test_balance_makes_the_values_of_a_field_equally_likely(view: fs.View) -> No
         {"s0": 1 / 7, "s1": 3 / 7, "s2": 1 / 7, "s3": 1 / 7, "s4": 1 / 7}, abs=0.015)
     assert share("mood") == pytest.approx({"glad": 0.5, "sad": 0.5}, abs=0.015)
     assert share("corpus") == {"/data/noise": 1}
-
-
-def _value(view: fs.View, key: str, field: str) -> str | None:
-    utterance = view.store.utterances[key]
-    return {"speaker": utterance.speaker, "mood": utterance.extra["mood"], "corpus": utterance.root}[field]
 
 
 def test_within_a_group_every_second_is_as_likely_as_any_other(view: fs.View) -> None:
