@@ -20,7 +20,7 @@ from .segment import RECORD, REMOVED, Segment, group, key_hashes, put_plain
 from .storage import Place
 
 CURRENT = Callable[[np.ndarray], np.ndarray]  # records -> whether each was made from its utterance's current audio
-_AT_ONCE = 1 << 16                            # keys that are named at once
+_AT_ONCE = 1 << 16                            # records
 _CATALOGUES = 2                               # kept: a reader may have chosen the last but one and not mapped it yet
 
 
@@ -227,8 +227,12 @@ def _placed(hashes: np.ndarray, records: np.ndarray, out: np.ndarray, rows: np.n
     place = np.searchsorted(hashes[~out], rows["hash"]) + np.arange(len(rows))
     found = np.empty(len(records) - int(out.sum()) + len(rows), RECORD)
     old = np.ones(len(found), bool)
-    old[place] = False
-    found[place], found[old] = rows, records[~out]
+    old[place], found[place] = False, rows
+    where, done = np.flatnonzero(old), 0
+    for start in range(0, len(records), _AT_ONCE):  # at once, it would take the memory twice
+        part = records[start:start + _AT_ONCE][~out[start:start + _AT_ONCE]]
+        found[where[done:done + len(part)]] = part
+        done += len(part)
     return found
 
 
@@ -368,14 +372,15 @@ class Collection:
 
     def __init__(self, folder: Place, *, mapped: bool = False) -> None:
         self.folder, self.mapped = folder, mapped
-        there = {name for name in storage.names(folder / "segments") if _SEGMENT.fullmatch(name)}
-        self._all = Segments(folder / "segments", sorted(there), mapped=mapped)
+        listed = [name for name in storage.names(folder / "segments") if _SEGMENT.fullmatch(name)]
+        there = set(listed)
+        self._all = Segments(folder / "segments", listed, mapped=mapped)
         self.catalogue = next((found for found in catalogues(folder) if self._serves(found, there)), None)
         merged = set(self.catalogue.segments) if self.catalogue is not None else set()
         replaced = self.catalogue.replaced if self.catalogue is not None else frozenset()
         committed = self._committed(there - merged)
         self.uncatalogued = self._all.of(sorted(committed - replaced))
-        self.segments = self._all.of(sorted((there & merged) | committed))
+        self.segments = self._all.of([name for name in listed if name in merged or name in committed])
 
     def again(self) -> Collection:
         """As it is now."""

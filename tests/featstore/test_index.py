@@ -217,7 +217,7 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
     return {key: found[1:] for key, found in _found(Collection(folder).index()).items()}
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(5))
 def test_any_history_of_catalogues_folds_and_purges_changes_no_answer(tmp_path, seed):
     chance, rows = random.Random(seed), {}
     for step in range(25):
