@@ -52,17 +52,18 @@ class Encoding:
             data = _package("numcodecs.zstd").compress(chunk, ZSTD_LEVEL)
         return data + google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
 
-    def decode(self, data: bytes, dtype: np.dtype, size: int) -> np.ndarray:
+    def decode(self, data: bytes | bytearray, dtype: np.dtype, size: int) -> np.ndarray:
         """The `size` numbers of an inner chunk, flat. ValueError says why it cannot be what was stored."""
+        chunk = np.frombuffer(data, np.uint8)  # the CRC takes no memoryview
         if self.summed:
-            data, crc = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
-            if google_crc32c.value(data).to_bytes(_CRC_BYTES, "little") != crc:
+            chunk, crc = chunk[:-_CRC_BYTES], chunk[-_CRC_BYTES:]
+            if google_crc32c.value(chunk) != int.from_bytes(crc.tobytes(), "little"):
                 raise ValueError("its bytes do not match their CRC-32C")
         try:
             if self.name == "pcodec":
-                found = _package("pcodec").standalone.simple_decompress(data)
+                found = _package("pcodec").standalone.simple_decompress(chunk.tobytes())
             else:
-                found = np.frombuffer(_package("numcodecs.zstd").decompress(data), dtype)
+                found = np.frombuffer(_package("numcodecs.zstd").decompress(chunk), dtype)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{self.name} cannot decode it ({error})") from None
         if found is None or found.dtype != dtype or found.size != size:

@@ -67,8 +67,8 @@ class Quantiser:
         if [len(data) for data in arrays] != [4 * size, 4 * size] or _digest(arrays) != spec.settings["scale"]:
             raise CorruptSegment(
                 f"{folder}: its arrays scale and offset are missing or changed; without them nothing tells the values. "
-                "Put both back from a copy of the store, or remove the feature (featstore rm STORE -f NAME-int8) and "
-                "make it again: featstore pack STORE NAME --codec int8")
+                "Put both back from a copy of the store, or let them be worked out anew: featstore pack STORE NAME "
+                "--codec int8 --replace")
         scale, offset = (np.frombuffer(data, "<f4") for data in arrays)
         return cls(scale, offset, np.dtype(spec.settings["dtype"]))
 

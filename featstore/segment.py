@@ -341,7 +341,7 @@ class Segment:
         layout, rows = self.layout, self._kept(number, chunk)
         if rows is None:
             try:
-                flat = encoding.decode(bytes(data), layout.dtype, layout.inner_rows * layout.row_size)
+                flat = encoding.decode(data, layout.dtype, layout.inner_rows * layout.row_size)
             except ValueError as error:
                 raise CorruptSegment(f"{layout.shard_path(number)}, inner chunk {chunk}: {error}. {_CURE}") from None
             rows = flat.reshape(-1, *layout.shape[1:])

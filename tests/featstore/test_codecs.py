@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -199,3 +200,16 @@ def test_documents_of_both_codecs_name_them_as_zarr_does(tmp_path):
         inner = json.loads((folder / "frames" / "zarr.json").read_text())["codecs"][0]["configuration"]["codecs"]
         names[codec] = [entry["name"] for entry in inner]
     assert names == {"zstd": ["bytes", "zstd", "crc32c"], "pcodec": ["numcodecs.pcodec", "crc32c"]}
+
+
+@pytest.mark.parametrize("codec", PACKED)
+def test_forked_process_reads_on_where_its_parent_has_read(tmp_path, small, codec):
+    arrays = _any_bits(7, [30, 30], 3, "float16")
+    segment = _write(tmp_path, arrays, codec)
+    _row(segment, 0)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(_bytes, (segment,)) == arrays[1].tobytes()
+
+
+def _bytes(segment: Segment) -> bytes:
+    return _row(segment, 1).tobytes()

@@ -311,6 +311,8 @@ def test_lost_scale_or_offset_is_told_by_reader_and_verify(store, name):
     with pytest.raises(CorruptSegment, match="arrays scale and offset are missing or changed"):
         again["a", "net-int8"].read()
     assert [damage.part for damage in verify(again).damages] == ["scale"]
+    assert pack(again, "net", "int8", replace=True).done == 0, "the rows are there, and the range is the same"
+    assert verify(again).damages == [] and again["a", "net-int8"].shape == (50, 4)
 
 
 @pytest.mark.parametrize(("codec", "said"), [
