@@ -234,6 +234,27 @@ def test_constant_q_equals_its_definition_on_singing(shared):
         assert abs(complex(*found[:, k].tolist()) - direct) < 2e-3 * scale, f"bin {k}, {hz:.0f} Hz"
 
 
+def test_autocast_leaves_the_transforms_alone():
+    wave = noise(1, 8192)
+    cqt, contract = gan.ConstantQ(48000, 256, 9, 24), MelContract()
+    expected = cqt(wave), gan.log_mel(wave, contract), gan.multi_resolution_stft(wave, wave.flip(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cqt(wave), gan.log_mel(wave, contract), gan.multi_resolution_stft(wave, wave.flip(1))
+        terms = narrow(*COUNTS)(wave, wave.flip(1))
+    assert all(map(torch.equal, expected, found))
+    assert all(torch.isfinite(term) for term in terms.values())
+
+
+def test_resampling_to_twice_the_rate_keeps_a_sine():
+    discriminator = gan.CqtDiscriminator(512, 24, gan.GanConfig(discriminator_width=1 / 32))
+    tone = torch.sin(2 * np.pi * 5000 / 24000 * torch.arange(4000, dtype=torch.float64)).float()
+    doubled = torch.nn.functional.conv_transpose1d(tone[None, None], discriminator.doubling, stride=2, padding=63,
+                                                   output_padding=1)[0, 0]
+    expected = torch.sin(2 * np.pi * 5000 / 48000 * torch.arange(8000, dtype=torch.float64)).float()
+    assert len(doubled) == 8000
+    torch.testing.assert_close(doubled[200:-200], expected[200:-200], rtol=0, atol=1e-3)
+
+
 def test_inverse_stft_undoes_the_frames_of_the_contract():
     for contract in (MelContract(), MelContract(win_length=800), MelContract(padding="centre")):
         wave = noise(2, 30 * 256)

@@ -182,6 +182,17 @@ def test_weights_of_half_the_bits_run(model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["hifigan", "nsf_hifigan", "melgan", "apnet", "vocos"])
+def test_render_is_one_graph_to_the_compiler(name):
+    model = vocoders.small(name).fold()
+    log_mel, f0, generator = vocoders.inputs(model, 6)
+    with torch.no_grad():
+        source = model.source(log_mel, f0, generator)
+        compiled = torch.compile(model.render, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(log_mel, source), model.render(log_mel, source))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hifigan", "nsf_hifigan", "vocos"])
 def test_render_can_be_exported_for_any_number_of_frames(name):
     class Render(torch.nn.Module):

@@ -469,10 +469,11 @@ class ConstantQ(nn.Module):
     def forward(self, wave: Tensor) -> Tensor:
         x = wave[:, None].float()
         octaves = []
-        for octave in range(self.octaves):
-            both = F.conv1d(x, self.kernels, stride=self.hop >> octave, padding=self.kernels.shape[-1] // 2)
-            octaves.append(both.unflatten(1, (2, -1)))  # (B, 2, bins, T)
-            x = F.conv1d(x, self.low_pass, stride=2, padding=self.low_pass.shape[-1] // 2)
+        with torch.autocast(wave.device.type, enabled=False):
+            for octave in range(self.octaves):
+                both = F.conv1d(x, self.kernels, stride=self.hop >> octave, padding=self.kernels.shape[-1] // 2)
+                octaves.append(both.unflatten(1, (2, -1)))  # (B, 2, bins, T)
+                x = F.conv1d(x, self.low_pass, stride=2, padding=self.low_pass.shape[-1] // 2)
         return torch.cat(octaves[::-1], 2).transpose(2, 3)
 
 
@@ -491,7 +492,9 @@ class CqtDiscriminator(Trunk):
         self.conv_pres = nn.ModuleList(nn.Conv2d(2, 2, (3, 9), padding=(1, 4)) for _ in range(config.cqt_octaves))
 
     def forward(self, wave: Tensor) -> tuple[Tensor, Maps]:
-        doubled = F.conv_transpose1d(wave[:, None].float(), self.doubling, stride=self.UP, padding=63, output_padding=1)
+        with torch.autocast(wave.device.type, enabled=False):
+            doubled = F.conv_transpose1d(wave[:, None].float(), self.doubling, stride=self.UP, padding=63,
+                                         output_padding=1)
         octaves = self.cqt(doubled[:, 0]).split(self.bins, -1)
         judged = [conv(octave) for conv, octave in zip(self.conv_pres, octaves, strict=True)]
         return super().forward(torch.cat(judged, -1))  # (B, 2, T, octaves x bins)

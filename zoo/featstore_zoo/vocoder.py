@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -236,15 +235,9 @@ def inverse_stft(real: Tensor, imaginary: Tensor, config: MelContract) -> Tensor
 
 def window(contract: MelContract, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The contract's periodic Hann window of `win_length` in the middle of (n_fft,)."""
-    return _window(contract.n_fft, contract.win_length, device, dtype)
-
-
-@lru_cache(maxsize=32)
-def _window(n_fft: int, win_length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # or a first call in inference mode would spoil the window for training
-        hann = torch.hann_window(win_length, dtype=torch.float64)
-        left = (n_fft - win_length) // 2
-        return F.pad(hann, (left, n_fft - win_length - left)).to(device, dtype)
+    hann = torch.hann_window(contract.win_length, dtype=dtype, device=device)
+    left = (contract.n_fft - contract.win_length) // 2
+    return F.pad(hann, (left, contract.n_fft - contract.win_length - left))
 
 
 def _overlapped(pieces: Tensor, hop: int, ends: tuple[int, int]) -> Tensor:

@@ -147,6 +147,8 @@ class Model(Vocoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        betas, where = config.sampling
+        self.left, self.where = kept(betas).tolist(), where.tolist()  # of signal after each step; its place in training
         self.input_projection = nn.Conv1d(1, config.channels, 1)
         self.diffusion_embedding = StepEmbedding(config.steps)
         self.spectrogram_upsampler = MelUpsampler(config.mel_rates)
@@ -161,9 +163,9 @@ class Model(Vocoder):
 
     @property
     def receptive_field(self) -> tuple[int, int]:
-        steps = len(self.config.sampling[0])
         reach = sum(2 ** (i % self.config.dilation_cycle) for i in range(self.config.layers))
-        span: Span = widened((0, self.hop_length - 1), steps * reach)  # each step looks around what the last one made
+        # Each step looks around what the one before it made.
+        span: Span = widened((0, self.hop_length - 1), len(self.left) * reach)
         for rate in self.config.mel_rates[::-1]:
             span = upsampled(span, 2 * rate, rate)
         return -span[0], span[1]
@@ -173,7 +175,7 @@ class Model(Vocoder):
         """The noise of every step, (B, K, T hop_length): K is 1 for ddim, and the number of steps for ddpm."""
         if generator is None:
             raise ValueError("the source is noise: give a generator")
-        draws = 1 if self.config.sampler == "ddim" else len(self.config.sampling[0])
+        draws = 1 if self.config.sampler == "ddim" else len(self.left)
         span = span or (0, log_mel.shape[1])
         return noise(seed_of(generator), (log_mel.shape[0], draws), span, self.hop_length).to(log_mel)
 
@@ -181,15 +183,13 @@ class Model(Vocoder):
         """Runs the steps from the last to the first; `source` is their noise, (B, K, T hop_length)."""
         if source is None:
             raise ValueError("render needs the noise: source(log_mel, None, generator)")
-        betas, where = self.config.sampling
-        left = kept(betas)
-        condition = self.condition(log_mel)
+        condition, count = self.condition(log_mel), len(self.left)
         x = source[:, 0]
-        for n in range(len(betas) - 1, -1, -1):
-            step = torch.full((len(x),), where[n], dtype=torch.float32, device=x.device)
-            before = left[n - 1] if n else 1.0
-            noise = source[:, len(betas) - n] if n and self.config.sampler == "ddpm" else None
-            x = self._previous(x, self.noise(x, step, condition), noise, left[n], before)
+        for n in reversed(range(count)):
+            step = torch.full((len(x),), self.where[n], dtype=torch.float32, device=x.device)
+            before = self.left[n - 1] if n else 1.0
+            fresh = source[:, count - n] if n and self.config.sampler == "ddpm" else None
+            x = self._previous(x, self.noise(x, step, condition), fresh, self.left[n], before)
         return x
 
     def _previous(self, x: Tensor, noise: Tensor, fresh: Tensor | None, left: float, before: float) -> Tensor:
