@@ -92,9 +92,10 @@ def compact(store: Store, *, purge: bool = False, grace_s: float = GRACE_S,
 
 def steps(folder: Place, done: Compacted, *, purge: bool, grace_s: float,
           encoding: Encoding | None = None) -> Iterator[str]:
-    """Compact one collection; yields after each thing others can see or interfere with: list, read, commit, purge.
+    """Compact one collection; yields after each thing others can see or interfere with: list, read (for every row that
+    was copied), commit, catalogue, purge.
 
-    "read" comes for every row that was copied. encoding: instead, write what is encoded in another way, and that alone.
+    encoding: instead, write what is encoded in another way, and that alone.
     """
     spoilt: set[str] = set()
     for attempt in range(ATTEMPTS):
@@ -111,6 +112,7 @@ def steps(folder: Place, done: Compacted, *, purge: bool, grace_s: float,
         if not (yield from plan.carry_out(done)):
             break
     _leave_catalogue(folder)
+    yield "catalogue"
     if purge:
         done.freed += purge_collection(folder, grace_s)
         yield "purge"
@@ -145,7 +147,8 @@ class _Plan:
         self.groups = self._packed([place[segment.id] for segment in full], thorough)
         self.bare = [place[s.id] for s in kept if not self.rows[place[s.id]]]
         moved = sum(int(self.tombstones[number]) for group in self.groups for number in group)
-        dirty = any(self.dead[number] for number in self.bare) or (thorough and self._keys_of_tombstones())
+        dirty = any(self.dead[number] or self.lost[number] for number in self.bare)
+        dirty |= thorough and self._keys_of_tombstones()
         if not moved and len(self.bare) < 2 and not dirty:
             self.bare = []
         self.write_bare = bool(moved or self.bare)
@@ -189,6 +192,7 @@ class _Plan:
         frames = np.bincount(where[live], records["length"][live], minlength=count)
         facts = [segment.facts for segment in self.segments]
         self.dead = np.array([f["rows"] for f in facts], int) - self.rows - self.tombstones
+        self.lost = np.array([f["frames"] for f in facts], int) - frames.astype(int)  # of dead rows, or of none
         self.bytes_held = np.array([f["bytes"] for f in facts], float)
         self.live_bytes = frames * np.array([f["bytes"] / max(1, f["frames"]) for f in facts])
 
@@ -211,7 +215,7 @@ class _Plan:
         if self.encoding is not None:
             return True
         if thorough:
-            return bool(self.dead[number] or self.tombstones[number])
+            return bool(self.dead[number] or self.tombstones[number] or self.lost[number])
         held = self.bytes_held[number]
         rows = self.rows[number] + self.dead[number]
         return bool(held - self.live_bytes[number] >= WASTE * held > 0 or self.dead[number] >= WASTE * rows > 0)

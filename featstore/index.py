@@ -21,6 +21,7 @@ from .storage import Place
 
 CURRENT = Callable[[np.ndarray], np.ndarray]  # records -> whether each was made from its utterance's current audio
 _AT_ONCE = 1 << 16                            # records
+_LISTINGS = 8                                 # of a collection whose segments are removed meanwhile
 _CATALOGUES = 2                               # kept: a reader may have chosen the last but one and not mapped it yet
 
 
@@ -381,6 +382,16 @@ class Collection:
         committed = self._committed(there - merged)
         self.uncatalogued = self._all.of(sorted(committed - replaced))
         self.segments = self._all.of([name for name in listed if name in merged or name in committed])
+
+    def indexed(self, current: CURRENT | None = None) -> tuple[Collection, Index]:
+        """This collection and its `index`; where a segment is gone, one that was listed anew, as often as it takes."""
+        found = self
+        for _ in range(_LISTINGS):
+            try:
+                return found, found.index(current)
+            except FileNotFoundError:
+                found = found.again()
+        return found, found.index(current)
 
     def again(self) -> Collection:
         """As it is now."""

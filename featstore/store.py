@@ -160,11 +160,8 @@ class Feature(Mapping[str, Row]):
 
     @cached_property
     def index(self) -> Index:
-        try:
-            return self._collection.index(self._store.made_from_current_audio)
-        except FileNotFoundError:  # a segment was compacted away since it was listed
-            self._collection = self._collection.again()
-            return self._collection.index(self._store.made_from_current_audio)
+        self._collection, index = self._collection.indexed(self._store.made_from_current_audio)
+        return index
 
     @property
     def folder(self) -> Place:
@@ -250,10 +247,8 @@ class Utterances(Mapping[str, StoredUtterance]):
 
     @cached_property
     def index(self) -> Index:
-        try:
-            return self._collection.index()
-        except FileNotFoundError:  # a segment was compacted away since it was listed
-            return self._look_again()
+        self._collection, index = self._collection.indexed()
+        return index
 
     @cached_property
     def _keys(self) -> list[str]:
@@ -326,8 +321,8 @@ class Utterances(Mapping[str, StoredUtterance]):
                 yield json.loads(text[at:at + count]), source.tobytes()
 
     def _look_again(self) -> Index:
-        self._collection = self._collection.again()
-        self.__dict__["index"] = index = self._collection.index()
+        self._collection, index = self._collection.again().indexed()
+        self.__dict__["index"] = index
         return index
 
     def _parse(self, record: np.void) -> StoredUtterance:
@@ -353,12 +348,12 @@ class Store:
 
     def refresh(self) -> None:
         """Take a new snapshot: see what was committed since."""
-        self.utterances = Utterances(self)
         names = feature_names(self.path)
         served = dict(zip(names, storage.concurrently(self.path, lambda name: read_served(self.path, name), names),
                           strict=True))
         self.features: dict[str, Feature] = {
             name: Feature(self, name, identity) for name, identity in served.items() if identity}
+        self.utterances = Utterances(self)  # last, as writers commit them first: no feature without its utterance
         self.forget_splits()
 
     @cached_property

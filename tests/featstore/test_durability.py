@@ -7,6 +7,7 @@ import importlib.util
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,9 @@ import featstore as fs
 from featstore import segment as segments
 from featstore import shards, storage
 from featstore import writer as writers
+from featstore.compact import compact
 from featstore.errors import CorruptSegment, DiskFull
+from featstore.verify import verify
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 MEL = fs.Spec(made_by="mel", version=1, kind="continuous", frame_rate=50, dim=3, dtype="float16")
@@ -188,82 +191,185 @@ def test_small_file_system_fills_up_and_is_used_again(tmp_path):
         subprocess.run(["umount", "-l", mounted], check=True)
 
 
-CHILD = """
-import os, sys
+NURSERY = """
+import os, signal, sys, traceback
 from hashlib import blake2b
 import numpy as np, featstore as fs
 from featstore import segment, writer
+from featstore.compact import compact
 os.fsync = lambda fd: None       # the page cache survives a kill; without syncs there are more moments to be killed in
 writer.FOLD_COUNT = 4
 segment.INNER_BYTES, segment.SHARD_BYTES, writer.LINK_BYTES = 512, 4096, 4096
 writer.CATALOGUE_ROWS = 5
-store, name, first = fs.open(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-spec = fs.Spec(made_by="mel", version=1, kind="continuous", frame_rate=50, dim=8, dtype="uint8")
+SPEC = fs.Spec(made_by="mel", version=1, kind="continuous", frame_rate=50, dim=8, dtype="uint8")
+
+def frames(key, n):
+    return np.tile(np.frombuffer(blake2b(key.encode(), digest_size=8).digest(), "u1"), (1 + n % 400, 1))
+
+def write(store, name, first, report):
+    file = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for start in range(int(first), 10**9, 12):
+        with store.writer(commit_every_s=1e9) as w:
+            w.declare("x", SPEC)
+            for number in range(start, start + 12, 3):
+                for n in range(number, number + 3):
+                    for key in (f"{name}/{n}", f"shared/{n % 5}"):
+                        w.write(key, "x", frames(key, n))
+                w.commit()
+                os.write(file, f"{number + 2}\\n".encode())
+
+def merge(store, grace_s):
+    while True:
+        compact(store, purge=True, grace_s=float(grace_s))
+
+children = set()
 print("ready", flush=True)
-for start in range(first, first + 100000, 12):
-    with store.writer(commit_every_s=1e9) as w:
-        w.declare("x", spec)
-        for number in range(start, start + 12, 3):
-            for n in range(number, number + 3):
-                for key in (f"{name}/{n}", f"shared/{n % 5}"):
-                    w.write(key, "x", np.tile(np.frombuffer(blake2b(key.encode(), digest_size=8).digest(), "u1"),
-                                              (1 + n % 400, 1)))
-            w.commit()
-            print(number + 2, flush=True)
+for line in sys.stdin:
+    job, *words = line.split()
+    if job == "kill":
+        children.remove(int(words[0]))
+        os.kill(int(words[0]), signal.SIGKILL)
+        print(os.waitpid(int(words[0]), 0)[1], flush=True)
+        continue
+    child = os.fork()
+    if not child:
+        try:
+            {"write": write, "merge": merge}[job](fs.open(words[0]), *words[1:])
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    children.add(child)
+    print(child, flush=True)
+for child in children:
+    os.kill(child, signal.SIGKILL)
 """
+
+
+class _Nursery:
+    """Starts and kills processes that write to a store or compact it; one that ended by itself is an error."""
+
+    def __enter__(self) -> _Nursery:
+        self.process = subprocess.Popen([sys.executable, "-c", NURSERY], text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert self.process.stdout.readline() == "ready\n", self.process.stderr.read()
+        return self
+
+    def start(self, *words: object) -> int:
+        return int(self._ask(*words))
+
+    def kill(self, child: int) -> None:
+        status = int(self._ask("kill", child))
+        assert status == signal.SIGKILL, f"ended by itself: {status}; {self._end()}"
+
+    def _ask(self, *words: object) -> str:
+        self.process.stdin.write(" ".join(str(word) for word in words) + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline()
+
+    def _end(self) -> str:
+        self.process.stdin.close()
+        self.process.stdin = None
+        return self.process.communicate()[1]
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.process.stdin is not None:
+            said = self._end()
+            assert kind is not None or said == ""
 
 
 def _right(key: str, frames: np.ndarray) -> bool:
     return len(frames) > 0 and (frames == np.frombuffer(blake2b(key.encode(), digest_size=8).digest(), "u1")).all()
 
 
-def _kill_two(path: Path, wait_s: float, first: dict[str, int]) -> dict[str, int]:
-    """Two writers, killed after `wait_s`: the last number that each said was committed."""
-    running = {name: subprocess.Popen([sys.executable, "-c", CHILD, str(path), name, str(start)], text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for name, start in first.items()}
-    for child in running.values():
-        assert child.stdout.readline() == "ready\n", child.stderr.read()
-    time.sleep(wait_s)
-    last = dict(first)
-    for child in running.values():
-        child.kill()
-    for name, child in running.items():
-        out, err = child.communicate()
-        assert child.returncode == -9 and not err, err
-        numbers = [int(line) for line in out.splitlines(keepends=True) if line.endswith("\n") and line.strip()]
-        last[name] = max([first[name] - 1, *numbers])
-    return last
+def _reported(path: Path) -> int:
+    """The last number that a writer said was committed; -1 before the first."""
+    numbers = [int(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] \
+        if path.exists() else []
+    return max(numbers, default=-1)
 
 
-def _kill_again_and_again(path: Path, rounds: int) -> int:
-    """Rows found in the end; after every pair of kills all that was committed must be there and right."""
-    chance, first = random.Random(0), {"one": 0, "two": 0}
-    known: dict[str, int] = {"one": -1, "two": -1}
-    committed: set[str] = set()
-    fs.create(path)
-    for _ in range(rounds):
-        last = _kill_two(path, chance.uniform(0, 0.25), first)
-        for name, number in last.items():
-            committed |= {f"{name}/{n}" for n in range(first[name], number + 1)}
-        first = {name: number + 1 for name, number in last.items()}
-        known |= last
-        store = fs.open(path)
+class _Killed:
+    """Four writers and a compaction, killed again and again; after each time the store is looked at as a whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.reports = folder / "a.zarr", {name: folder / name for name in ("one", "two", "three", "four")}
+        self.first = dict.fromkeys(self.reports, 0)
+        self.kills = 0
+        self.checked: set[str] = set()
+        fs.create(self.path)
+
+    def round(self, nursery: _Nursery, wait_s: float) -> None:
+        running = [nursery.start("write", self.path, name, self.first[name], report)
+                   for name, report in self.reports.items()]
+        running.append(nursery.start("merge", self.path, 3600))
+        time.sleep(wait_s)
+        for child in running:
+            nursery.kill(child)
+        self.kills += len(self.reports)
+
+    def look(self, everything: bool, at_work: bool = False) -> int:
+        """Rows that are there: all that was reported, nothing by halves, nothing that is wrong."""
+        reported = {name: _reported(report) for name, report in self.reports.items()}
+        store = fs.open(self.path)
         feature = store.features.get("x")
-        found = set(feature.keys()) if feature is not None else set()
-        assert committed <= found, f"lost: {sorted(committed - found)}"
-        wrong = [key for key in found if not _right(key, feature[key].read(check=True))]
+        found = set(feature) if feature is not None else set()
+        for name, last in reported.items():
+            mine = {int(key.split("/")[1]) for key in found if key.startswith(f"{name}/")}
+            lost = set(range(last + 1)) - mine
+            assert lost == set(), f"{name}: lost {sorted(lost)}"
+            assert at_work or mine <= set(range(last + 4)), f"{name}: {max(mine)} after {last}: more than one commit"
+            assert len(mine) % 3 == 0, f"{name}: a commit is visible in part"
+            self.first[name] = len(mine)
+        some = found if everything else found - self.checked
+        some = {key for key in some if not at_work or not key.startswith("shared/")}  # those are written anew meanwhile
+        wrong = [key for key in some if not _right(key, feature[key].read(check=True))]
         assert wrong == []
-        assert found <= set(store.utterances), "a feature without its utterance"
-    return len(committed)
+        assert found <= set((fs.open(self.path) if at_work else store).utterances), "a feature without its utterance"
+        self.checked |= some
+        return len(found)
+
+
+def _kill_again_and_again(folder: Path, rounds: int) -> _Killed:
+    chance, killed = random.Random(0), _Killed(folder)
+    with _Nursery() as nursery:
+        for number in range(rounds):
+            killed.round(nursery, chance.uniform(0, 0.25))
+            killed.look(everything=number % 10 == 9)
+    return killed
 
 
 def test_killed_writers_lose_nothing_that_was_committed(tmp_path):
-    assert _kill_again_and_again(tmp_path / "a.zarr", 10) > 0            # 20 kills
+    assert _kill_again_and_again(tmp_path, 5).kills == 20
 
 
 @pytest.mark.slow
-def test_writers_killed_a_hundred_times_lose_nothing_that_was_committed(tmp_path):
-    assert _kill_again_and_again(tmp_path / "a.zarr", 50) > 100
+def test_four_writers_killed_fifty_times_lose_nothing_and_show_nothing_by_halves(tmp_path):
+    killed = _kill_again_and_again(tmp_path, 52)
+    assert killed.kills == 208 and killed.look(everything=True) > 100
+    store = fs.open(killed.path)
+    assert compact(store, purge=True, grace_s=0).damages == [] and verify(store).damages == []
+    assert killed.look(everything=True) > 100
+
+
+@pytest.mark.slow
+def test_readers_and_writers_go_on_while_their_segments_are_merged_and_removed(tmp_path):
+    killed = _Killed(tmp_path)
+    with _Nursery() as nursery:
+        running = [nursery.start("write", killed.path, name, 0, report) for name, report in killed.reports.items()]
+        running.append(nursery.start("merge", killed.path, 3))
+        old = []
+        for number in range(24):
+            killed.look(everything=False, at_work=True)
+            store = fs.open(killed.path)
+            if number % 4 == 0 and "x" in store.features:
+                old.append((store, [key for key in store.features["x"] if not key.startswith("shared/")]))
+            time.sleep(0.25)
+        for store, keys in old:                                         # what they opened first is long gone
+            feature = store.features["x"]
+            assert [key for key in keys if not _right(key, feature[key].read(check=True))] == []
+        for child in running:
+            nursery.kill(child)
+    assert killed.look(everything=True) > 100
 
 
 @pytest.fixture
