@@ -11,6 +11,7 @@ it was listed is looked for before the commit, and once more after it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -409,9 +410,10 @@ def _rows_of(records: np.ndarray) -> list[tuple[Any, ...]]:
 
 
 def _leave_catalogue(folder: Place) -> None:
-    collection = Collection(folder)
-    if collection.segments and (collection.catalogue is None or collection.uncatalogued):
-        write_catalogue(folder, collection.merged())
+    with contextlib.suppress(FileNotFoundError):  # segments are removed at this moment, by another compaction
+        collection = Collection(folder)
+        if collection.segments and (collection.catalogue is None or collection.uncatalogued):
+            write_catalogue(folder, collection.merged())
 
 
 def _count(folder: Place, done: Compacted, *, before: bool) -> None:

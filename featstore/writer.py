@@ -114,16 +114,16 @@ class _Target:
         if large and not self.links:
             return False
         home /= storage.new_id()
-        facts = self.facts | {"replaces": _all_replaced(parts), "provenance": dict(provenance or {})}
         try:
+            facts = self.facts | {"replaces": _all_replaced(parts), "provenance": dict(provenance or {})}
             size = link(home, parts, merge(parts).records, facts) if large else self._copy(home, parts, facts)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 storage.remove_tree(home)
             self.links &= not large
-            if not isinstance(error, OSError if large else DiskFull):
+            if not isinstance(error, OSError if large else DiskFull | FileNotFoundError):
                 raise
-            return False  # what is to be folded is committed: it can stay as it is
+            return False  # what is to be folded is committed: it can stay as it is, or is compacted by somebody else
         self.own = {name: size for name, size in self.own.items() if name not in names} | {home.name: size}
         return True
 
@@ -437,6 +437,11 @@ def _size_class(size: int) -> int:
 
 def _leave_catalogue(target: _Target) -> None:
     """Write a catalogue where it spares readers more than it costs: all of it is written anew."""
+    with contextlib.suppress(FileNotFoundError):  # segments are compacted at this moment: that leaves one as well
+        _write_catalogue(target)
+
+
+def _write_catalogue(target: _Target) -> None:
     collection = Collection(target.folder)
     old, new = collection.catalogue, collection.uncatalogued
     more = sum(segment.facts["rows"] for segment in new)
