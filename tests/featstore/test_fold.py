@@ -17,6 +17,7 @@ import featstore as fs
 from featstore import segment as segments
 from featstore import storage
 from featstore import writer as writers
+from featstore.compact import compact
 from featstore.index import Collection, drop_replaced
 from featstore.verify import verify
 
@@ -92,6 +93,17 @@ def test_linked_segment_is_plain_zarr(store, small_shards):
     tensor = tensorstore.open({"driver": "zarr3", "kvstore": {
         "driver": "file", "path": str(segment.folder / "frames")}}).result()
     assert np.array_equal(tensor.read().result(), array[:])
+
+
+def test_what_was_removed_from_linked_shards_is_erased_by_compact(store, small_shards):
+    _a_day(store, 12)
+    with store.writer() as w:
+        w.delete("k7")
+    compact(store, purge=True, grace_s=0)
+    found = fs.open(store.path).features["large"]
+    assert sorted(found) == sorted(f"k{n}" for n in range(12) if n != 7)
+    assert all((found[key].read(check=True) == int(key[1:])).all() for key in found)
+    assert not any(bytes([7]) * 200 in path.read_bytes() for path in store.path.rglob("*") if path.is_file())
 
 
 def test_file_system_without_hard_links_keeps_its_segments(store, small_shards, monkeypatch):
