@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
@@ -22,22 +21,27 @@ LIMIT = 20_000_000_000
 BLOCK = 256 * 1024    # bytes of an object that are kept together: two inner chunks of frames
 USED_S = 60.0         # a file read again within this is not marked as used again
 _TRAILER = 4 + 8      # CRC-32C and length of what comes before
-_off = threading.local()
+_bypassed = 0         # how many that read what the server has, whatever is kept, are at work
 
 
 @contextlib.contextmanager
 def bypassed() -> Iterator[None]:
-    """For this thread: read what the server has, whatever is kept here."""
-    before = getattr(_off, "value", False)
-    _off.value = True
+    """In this process: read what the server has, whatever is kept here."""
+    global _bypassed
+    _bypassed += 1
     try:
         yield
     finally:
-        _off.value = before
+        _bypassed -= 1
 
 
 def is_on() -> bool:
-    return bool(os.environ.get("FEATSTORE_CACHE")) and not getattr(_off, "value", False)
+    return not _bypassed and bool(os.environ.get("FEATSTORE_CACHE"))
+
+
+def remembers() -> bool:
+    """Whether what was read a moment ago may be taken from memory."""
+    return not _bypassed
 
 
 def whole(name: str, fetch: Callable[[], bytes]) -> bytes:

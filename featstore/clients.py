@@ -7,6 +7,7 @@ own files and stay in here: what a server or a library says is never passed on a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -32,6 +33,8 @@ RETRIES = 8           # of one request, 0.05 s to 2 s apart: about 7 s until a s
 TRIES = 4             # of a request whose answer broke off
 AT_ONCE = 192         # ranges asked for at one time
 SETTLE_S = 1.0        # where conditional PUT is ignored: what another writer put meanwhile shows after this
+_KEYED = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE",
+          "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
 _OBSTORE = {"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "memory"}
 _T = TypeVar("_T")
 
@@ -59,7 +62,9 @@ class Client(Protocol):
 
     def put(self, key: str, data: bytes | Path) -> None: ...
 
-    def create(self, key: str, data: bytes) -> bool: ...
+    def create(self, key: str, data: bytes, *, new: bool = False) -> bool:
+        """Write an object if there is none; False if there is one of other contents. new: there hardly is one."""
+        ...
 
     def stat(self, key: str) -> Facts | None: ...
 
@@ -141,8 +146,12 @@ class _Obstore:
 
     def __init__(self, base: str) -> None:
         self.base = self.where = base
+        self._unkeyed = False  # nothing says what the keys are: a virtual machine may know
         self._obs, self._stores = _obstore()
         self._store = self._open()
+        # Never let go of: what its threads would then have to do would race with the end of the process, which aborted
+        # some of them (one in thirty on a busy machine).
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._store))
 
     def _open(self) -> Any:
         if self.base.startswith("memory:"):
@@ -152,6 +161,7 @@ class _Obstore:
             endpoint = (os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
                         or config.get("endpoint", ""))
             self.where = f"{endpoint} {self.base}"
+            self._unkeyed = "access_key_id" not in config and not any(name in os.environ for name in _KEYED)
         options = {"config": config} if config else {}
         return self._guard(lambda: self._stores.from_url(
             self.base, client_options=_client_options(endpoint), retry_config=_retries(), **options), "")
@@ -187,9 +197,10 @@ class _Obstore:
     def put(self, key: str, data: bytes | Path) -> None:
         self._guard(lambda: self._obs.put(self._store, key, data, chunk_size=16 << 20, max_concurrency=4), key)
 
-    def create(self, key: str, data: bytes) -> bool:
-        if self.stat(key) is not None:
-            return self.get(key) == data
+    def create(self, key: str, data: bytes, *, new: bool = False) -> bool:
+        if not new or not _honoured.get(self.base):
+            with contextlib.suppress(FileNotFoundError):
+                return self.get(key) == data
         if not self._put_new(key, data):
             return self.get(key) == data  # equal: an answer of ours was lost on its way, and the request repeated
         if self.base not in _honoured:
@@ -219,6 +230,9 @@ class _Obstore:
             return _facts(self._guard(lambda: self._obs.head(self._store, key), key))
         except FileNotFoundError:
             return None
+        except RemoteError:
+            self.get(key)  # whose refusal has a reason, which that of HEAD has not
+            raise
 
     def children(self, key: str) -> tuple[list[str], dict[str, Facts | None]]:
         try:
@@ -258,6 +272,10 @@ class _Obstore:
             return FileNotFoundError(2, "no such object", url)
         if type(error).__name__ == "AlreadyExistsError":
             return FileExistsError(17, "the object exists already", url)
+        if self._unkeyed and not code:
+            return RemoteError(f"{url}: no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                               "AWS_PROFILE with ~/.aws/credentials; a public bucket is read with "
+                               "AWS_SKIP_SIGNATURE=true")
         return RemoteError(_said(text, code, url, type(error).__name__))
 
 
@@ -291,7 +309,7 @@ class _Web(_Obstore):
     def put(self, key: str, data: bytes | Path) -> None:
         raise RemoteError(f"{self.base}/{key} cannot be written: a web server is for reading")
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, new: bool = False) -> bool:
         self.put(key, data)
         return False
 
@@ -337,7 +355,7 @@ class _Fsspec:
 
         self._guard(lambda: self._in_folder(key, write), key)
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, new: bool = False) -> bool:
         """Drivers that know of exclusive creation are asked for it; after the others, what is there is read again."""
         if self.stat(key) is not None:
             return self.get(key) == data
@@ -471,9 +489,6 @@ def _said(text: str, code: str, url: str, kind: str) -> str:
     status = _word(r"status code: (\d\d\d)", text)
     if code == "NoSuchBucket":
         return f"{url}: there is no such bucket at {host}. Make it, or look at AWS_ENDPOINT_URL and the name"
-    if "169.254.169.254" in text or "169.254.170" in text or "MissingCredentials" in text:
-        return (f"{url}: no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
-                "with ~/.aws/credentials; a public bucket is read with AWS_SKIP_SIGNATURE=true")
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired"):
         return f"{url}: {host} does not accept the credentials ({code}): they are wrong, expired, or for another server"
     if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException") or (
@@ -512,9 +527,7 @@ def _profile() -> dict[str, str]:
     config: dict[str, str] = {}
     if "AWS_REGION" not in os.environ and "AWS_DEFAULT_REGION" not in os.environ:
         config["region"] = "us-east-1"
-    if any(name in os.environ for name in ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE",
-                                           "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-                                           "AWS_CONTAINER_CREDENTIALS_FULL_URI")):
+    if any(name in os.environ for name in _KEYED):
         return config
     profile = os.environ.get("AWS_PROFILE", "default")
     for variable, usual, section in (("AWS_CONFIG_FILE", "config", f"profile {profile}"),

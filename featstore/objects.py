@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 from . import cache
@@ -21,6 +22,33 @@ from .errors import BadRequest
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.I)
 _IMMUTABLE = re.compile(r"/(segments|catalogue)/[0-9a-f]{16}-[0-9a-f]{12}/")  # written once: these may be cached
+
+
+class Memory:
+    """The bytes used last, so many of them; without locks, so that a fork finds none taken."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._kept: dict[Any, bytes] = {}
+
+    def get(self, name: Any) -> bytes | None:
+        data = self._kept.pop(name, None)
+        if data is not None:
+            self._kept[name] = data  # used last, so it goes last
+        return data
+
+    def put(self, name: Any, data: bytes) -> None:
+        self._kept[name] = data
+        while len(self._kept) > self.count:
+            self._kept.pop(next(iter(self._kept)), None)
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+SMALL = 16 << 10                 # bytes of a document that stays in memory
+documents = Memory(4096)
+surroundings = Memory(64)        # blocks around short ranges that were read alone, by URL and number
 
 
 class ObjectPath:
@@ -73,10 +101,15 @@ class ObjectPath:
         return ObjectPath, (self.base, self.key)
 
     def read_bytes(self) -> bytes:
-        """The whole object; from the cache where it is one that never changes."""
+        """The whole object; from memory or the cache where it is one that never changes."""
         if not self.immutable:
             return connect(self.base).get(self.key)
-        return cache.whole(self.cache_name, lambda: connect(self.base).get(self.key))
+        kept = documents.get(self) if cache.remembers() else None
+        if kept is None:
+            kept = cache.whole(self.cache_name, lambda: connect(self.base).get(self.key))
+        if len(kept) <= SMALL:
+            documents.put(self, kept)
+        return kept
 
     @property
     def cache_name(self) -> str:
@@ -101,9 +134,9 @@ class ObjectPath:
         """Write the object, whatever was there: bytes, or those of a local file."""
         connect(self.base).put(self.key, data)
 
-    def create(self, data: bytes) -> bool:
-        """Write the object if there is none; False if there is one of other contents."""
-        return connect(self.base).create(self.key, data)
+    def create(self, data: bytes, *, new: bool = False) -> bool:
+        """Write the object if there is none; False if there is one of other contents. new: there hardly is one."""
+        return connect(self.base).create(self.key, data, new=new)
 
     def remove_below(self) -> None:
         """Remove every object whose key begins with this one and a slash."""
@@ -182,6 +215,8 @@ def read_many(ranges: Sequence[Range]) -> None:
         FileNotFoundError: an object is gone.
         EOFError: an object ends before a range does.
     """
+    if len(ranges) == 1 and cache.remembers() and _near(*ranges[0]):
+        return
     by_base: dict[str, list[_Request]] = {}
     for request in _requests(ranges):
         if request.stop > request.start:
@@ -192,6 +227,24 @@ def read_many(ranges: Sequence[Range]) -> None:
         found = connect(base).ranges([(request.path.key, request.start, request.stop) for request in requests])
         for request, data in zip(requests, found, strict=True):
             request.fill(data)
+
+
+def _near(url: str, offset: int, out: memoryview) -> bool:
+    """Fill a short range from its surroundings, which stay in memory: the next is likely to be near. Whether it was."""
+    path, (block, within) = _parsed(url), divmod(offset, cache.BLOCK)
+    if within + len(out) > cache.BLOCK or len(out) > GAP or not path.immutable:
+        return False
+    kept = surroundings.get((url, block))
+    if kept is None:
+        start = block * cache.BLOCK
+        kept = cache.whole(f"{path.cache_name}#{block}", lambda: bytes(
+            connect(path.base).ranges([(path.key, start, start + cache.BLOCK)])[0]))
+    part = memoryview(kept)[within:within + len(out)]
+    if len(part) < len(out):
+        raise EOFError(_ENDS.format(path, offset + len(part), len(out) - len(part)))
+    surroundings.put((url, block), kept)
+    out[:] = part
+    return True
 
 
 class _Request:
@@ -241,8 +294,7 @@ class _Request:
 
     def _check(self, offset: int, out: memoryview, there: int) -> None:
         if there < len(out):
-            raise EOFError(f"{self.path} ends at byte {offset + max(there, 0)}; {len(out) - max(there, 0)} more were "
-                           "expected")
+            raise EOFError(_ENDS.format(self.path, offset + max(there, 0), len(out) - max(there, 0)))
 
 
 def _requests(ranges: Sequence[Range]) -> list[_Request]:
@@ -253,6 +305,9 @@ def _requests(ranges: Sequence[Range]) -> list[_Request]:
         if not found or not found[-1].takes(request):
             found.append(request)
     return found
+
+
+_ENDS = "{} ends at byte {}; {} more were expected"
 
 
 @lru_cache(4096)

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import struct
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from hashlib import blake2b
@@ -23,7 +25,7 @@ from typing import Any, ClassVar
 import google_crc32c
 import numpy as np
 
-from . import storage
+from . import cache, storage
 from .codecs import RAW, Encoding, bytes_codec, named, recognised
 from .errors import CorruptSegment, NotAStore
 from .shards import Shards, chunk_table, shard_index
@@ -70,6 +72,8 @@ class SegmentWriter:
             self._home = storage.staging(folder)
             (self._home / "frames").mkdir(parents=True)
         self._shards = Shards.of(encoding, self._home / "frames", self.dtype, dim, inner_rows, shard_rows)
+        if self._home != folder:  # local files that nobody would look for, should the writer be given up
+            weakref.finalize(self, _abandon, self._shards, self._home, folder, os.getpid())
         self._begun = time.time_ns()
         self._records = bytearray()
         self._keys = bytearray()
@@ -197,6 +201,12 @@ class SegmentWriter:
         self._keys += text
 
 
+def _abandon(shards: Shards, home: Path, folder: Place, process: int) -> None:
+    if os.getpid() == process:  # and not in a fork that ends
+        shards.close()
+        storage.unstage(home, folder)
+
+
 class Segment:
     """A committed segment: its records, keys and rows. Opens lazily; safe across forks, threads and pickling.
 
@@ -276,12 +286,12 @@ class Segment:
         try:
             return Layout(self.folder / "frames")
         except FileNotFoundError:
-            raise self._missing(self.folder / "frames" / "zarr.json") from None
+            raise self.missing(self.folder / "frames" / "zarr.json") from None
 
     def read(self, offset: int, out: np.ndarray) -> None:
         """Fill `out` `(n, D)` or `(n,)`, contiguous, with rows `[offset, offset + n)` of the frames array."""
         later: list[Callable[[], None]] = []
-        _read(self.ranges(offset, out, later), later)
+        _read(self.ranges(offset, out, later), later, [self])
 
     def ranges(self, offset: int, out: np.ndarray, later: list[Callable[[], None]]) -> list[storage.Range]:
         """What `storage.read_many` has to read so that `out` holds rows `[offset, offset + len(out))`.
@@ -302,12 +312,14 @@ class Segment:
         row_bytes, flat = layout.row_bytes, out.data.cast("B")
         number, within = divmod(offset, layout.shard_rows)
         if within + count <= layout.shard_rows:  # nearly always, and what a single crop waits for
-            return [(self._shards.get(number) or self._shard(number), within * row_bytes, flat)]
+            found: list[storage.Range] = []
+            path = self._shards.get(number) or self._shard(number, found, later)
+            return [*found, (path, within * row_bytes, flat)]
         found, done = [], 0
         while done < count:
             number, within = divmod(offset + done, layout.shard_rows)
             rows = min(count - done, layout.shard_rows - within)
-            path = self._shards.get(number) or self._shard(number)
+            path = self._shards.get(number) or self._shard(number, found, later)
             found.append((path, within * row_bytes, flat[done * row_bytes:(done + rows) * row_bytes]))
             done += rows
         return found
@@ -327,7 +339,7 @@ class Segment:
             if kept is not None:
                 part[...] = kept[first:first + len(part)]
             else:
-                path = self._shards.get(number) or self._shard(number)
+                path = self._shards.get(number) or self._checked(number)
                 start, size = layout.tables[number][chunk].tolist()
                 data = bytearray(size)
                 found.append((path, start, memoryview(data)))
@@ -378,7 +390,7 @@ class Segment:
             data = path.read_bytes() if self.facts["rows"] else b""
         except FileNotFoundError:
             if self.facts[checksum] != google_crc32c.value(b""):
-                raise self._missing(path) from None
+                raise self.missing(path) from None
             data = b""  # the keys of a segment that has none: nothing but tombstones that went through compact
         if size is not None and len(data) != size:
             raise CorruptSegment(f"{path} has {len(data)} bytes, expected {size}. {_CURE}")
@@ -386,15 +398,31 @@ class Segment:
             raise CorruptSegment(f"{path} does not match its checksum: bytes changed since they were written. {_CURE}")
         return data
 
-    def _shard(self, number: int) -> str:
+    def _shard(self, number: int, ranges: list[storage.Range], later: list[Callable[[], None]]) -> str:
+        """The path of a raw shard that was not read from before. What says whether it is whole is looked at first, or,
+        where that is a request, read together with the frames and looked at before anybody has them."""
+        if isinstance(self.folder, Path) or not cache.remembers():
+            return self._checked(number)
+        path, start, wanted = self.layout.end(number)
+        found = bytearray(len(wanted))
+        ranges.append((path, start, memoryview(found)))
+        later.append(partial(self._accept, number, path, found, wanted))
+        return path
+
+    def _accept(self, number: int, path: str, found: bytearray, wanted: bytes) -> None:
+        if found != wanted:
+            raise CorruptSegment(f"{path}: its shard index does not match its rows. {_CURE}")
+        self._shards[number] = path
+
+    def _checked(self, number: int) -> str:
         try:
             path = self.layout.check(number)
-            self._shards[number] = storage.Mapped(path) if self.mapped else path
+            self._shards[number] = storage.Mapped(path) if self.mapped and isinstance(self.folder, Path) else path
         except FileNotFoundError as error:
-            raise self._missing(storage.place(error.filename)) from None
+            raise self.missing(storage.place(error.filename)) from None
         return self._shards[number]
 
-    def _missing(self, path: Place) -> Exception:
+    def missing(self, path: Place) -> Exception:
         """For a file that is not there: damage, or (FileNotFoundError) the segment was removed since it was listed."""
         if (self.folder / "zarr.json").exists():
             return CorruptSegment(f"{path} is missing. {_CURE}")
@@ -409,14 +437,20 @@ def read_rows(wanted: Iterable[tuple[Segment, int, np.ndarray]]) -> None:
         CorruptSegment: files are missing, or shorter than they were written.
     """
     later: list[Callable[[], None]] = []
-    _read([part for segment, offset, out in wanted for part in segment.ranges(offset, out, later)], later)
+    wanted = list(wanted)
+    ranges = [part for segment, offset, out in wanted for part in segment.ranges(offset, out, later)]
+    _read(ranges, later, [segment for segment, _, _ in wanted])
 
 
-def _read(ranges: Sequence[storage.Range], later: Sequence[Callable[[], None]]) -> None:
+def _read(ranges: Sequence[storage.Range], later: Sequence[Callable[[], None]], owners: Sequence[Segment]) -> None:
     try:
         storage.read_many(ranges)
     except EOFError as error:
         raise CorruptSegment(f"{error}. {_CURE}") from None
+    except FileNotFoundError as error:
+        path = str(error.filename)
+        owner = next((segment for segment in owners if path.startswith(f"{segment.folder}/")), None)
+        raise error if owner is None else owner.missing(storage.place(path)) from None
     for decode in later:
         decode()
 
@@ -531,9 +565,7 @@ class Layout:
         Raises FileNotFoundError where it is missing, CorruptSegment where it is anything else.
         """
         path = self.shard_path(number)
-        rows = self.rows_in_shards()[number]
-        chunks, per_shard = -(-rows // self.inner_rows), self.shard_rows // self.inner_rows
-        raw = shard_index([self.inner_rows * self.row_bytes] * chunks, per_shard)
+        chunks, raw = self._raw_index(number)
         size = storage.place(path).stat().st_size
         end, wanted = size - len(raw), chunks * self.inner_rows * self.row_bytes
         if end != wanted if self.direct else end < 0:
@@ -547,11 +579,27 @@ class Layout:
             self.tables[number] = table
         return path
 
+    def end(self, number: int) -> tuple[str, int, bytes]:
+        """The path of a raw shard, the byte from which its index must lie there, and that index."""
+        chunks, raw = self._raw_index(number)
+        return self.shard_path(number), chunks * self.inner_rows * self.row_bytes, raw
+
+    def _raw_index(self, number: int) -> tuple[int, bytes]:
+        """How many inner chunks a shard has, and what its index is if they are raw."""
+        chunks = -(-self.rows_in_shards()[number] // self.inner_rows)
+        return chunks, shard_index([self.inner_rows * self.row_bytes] * chunks, self.shard_rows // self.inner_rows)
+
     def through_zarr(self, start: int, stop: int) -> np.ndarray:
-        """Rows by way of zarr-python: for codecs that need decoding."""
+        """Rows by way of zarr-python: for codecs that only it knows. Of objects whole shards are fetched for it."""
         import zarr
 
-        array = zarr.open_array(str(self.folder), mode="r")
+        place: Any = str(self.folder)
+        if not isinstance(self.folder, Path):
+            numbers = range(start // self.shard_rows, -(-stop // self.shard_rows))
+            names = ["zarr.json", *(self.shard_path(number)[len(place) + 1:] for number in numbers)]
+            whole = zarr.core.buffer.default_buffer_prototype().buffer.from_bytes
+            place = zarr.storage.MemoryStore({name: whole((self.folder / name).read_bytes()) for name in names})
+        array = zarr.open_array(place, mode="r")
         return np.asarray(array[start:stop])
 
 

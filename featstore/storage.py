@@ -131,7 +131,7 @@ def commit_document(path: Place, record: dict[str, Any]) -> None:
     """`put_document` for a name that nobody else makes; CorruptSegment if it is taken all the same."""
     if isinstance(path, Path):
         put_document(path, record)
-    elif not path.create(_json(record)):
+    elif not path.create(_json(record), new=True):
         raise CorruptSegment(f"{path} is there already, with other contents: something else wrote it. Nothing of this "
                              "segment was committed; run the same command again.")
 

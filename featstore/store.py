@@ -351,8 +351,9 @@ class Store:
         names = feature_names(self.path)
         served = dict(zip(names, storage.concurrently(self.path, lambda name: read_served(self.path, name), names),
                           strict=True))
-        self.features: dict[str, Feature] = {
-            name: Feature(self, name, identity) for name, identity in served.items() if identity}
+        found = [(name, identity) for name, identity in served.items() if identity]
+        features = storage.concurrently(self.path, lambda item: Feature(self, *item), found)
+        self.features: dict[str, Feature] = {feature.name: feature for feature in features}
         self.utterances = Utterances(self)  # last, as writers commit them first: no feature without its utterance
         self.forget_splits()
 
@@ -525,13 +526,13 @@ def serve(root: Place, name: str, identity: str | None) -> None:
 def claim(root: Place, name: str, identity: str | None, *, instead_of: str | None) -> bool:
     """Let a name stand for an identity if it stands for `instead_of` now; False if somebody else was first."""
     home = root / "features" / name / "served"
-    taken = [int(step.name) for step in _steps(home)]
-    found = read_served(root, name)
+    steps = _steps(home)
+    found = _identity(steps)
     if found == identity:
         return True
     if found != instead_of:
         return False
-    step = home / f"{max(taken, default=0) + 1:08d}"
+    step = home / f"{max((int(step.name) for step in steps), default=0) + 1:08d}"
     make_group(root, home)
     storage.make_folders(root, step)
     return storage.create_document(step / "zarr.json", group({"identity": identity}))
@@ -539,7 +540,10 @@ def claim(root: Place, name: str, identity: str | None, *, instead_of: str | Non
 
 def read_served(root: Place, name: str) -> str | None:
     """The identity (16 digits) a name stands for now, or None."""
-    steps = _steps(root / "features" / name / "served")
+    return _identity(_steps(root / "features" / name / "served"))
+
+
+def _identity(steps: Sequence[Place]) -> str | None:
     return storage.read_document(steps[-1] / "zarr.json")["attributes"]["featstore"]["identity"] if steps else None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from . import storage
+from . import cache, storage
 from .codecs import Encoding
 from .errors import (
     BadCorpus,
@@ -67,6 +67,7 @@ class Removed:
     failures: int = 0
 
 
+@cache.bypassed()
 def repair(store: Store, inspection: Inspection, *, grace_s: float = GRACE_S) -> int:
     """Give up what `verify` found damaged, so that extract makes it again; then `purge`. Returns the bytes freed.
 

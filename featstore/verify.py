@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import storage
+from . import cache, storage
 from .errors import (
     CorruptSegment,
     FeatstoreError,
@@ -62,6 +62,7 @@ class Inspection:
     replaced_bytes: int = 0
 
 
+@cache.bypassed()
 def verify(store: Store, *, progress: Callable[[int, int], None] | None = None) -> Inspection:
     """Compare every row that answers, of the utterances and of every identity kept, with its checksum.
 

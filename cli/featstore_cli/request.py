@@ -14,6 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from featstore import Extractor, Spec, Store
+    from featstore.storage import Place
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -29,6 +30,21 @@ def requests_option(required: bool) -> Decorator:
         return request(recipe(command))
 
     return add
+
+
+class PlaceType(click.ParamType):
+    """A store: a path, or a URL such as s3://bucket/songs.zarr."""
+
+    name = "store"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:
+        from featstore.errors import BadRequest
+        from featstore.storage import place
+
+        try:
+            return place(value)
+        except BadRequest as error:
+            self.fail(str(error), param, ctx)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -58,7 +74,7 @@ def specs_of(extractors: Mapping[str, Extractor], download: bool) -> dict[str, S
         return {name: Spec.of(extractor) for name, extractor in extractors.items()}
 
 
-def open_store(path: Path) -> Store:
+def open_store(path: Place) -> Store:
     import featstore as fs
 
     return fs.open(path)

@@ -13,6 +13,7 @@ import click
 
 from . import cli, display
 from .request import (
+    PlaceType,
     all_requests,
     extractors_of,
     json_option,
@@ -25,8 +26,9 @@ from .request import (
 
 if TYPE_CHECKING:
     from featstore import Extractor, Feature, Plan, Report, Spec, Split, Store, StoredUtterance
+    from featstore.storage import Place
 
-STORE = click.argument("store", type=click.Path(path_type=Path))
+STORE = click.argument("store", type=PlaceType())
 CORPUS = click.argument("corpus", type=click.Path(path_type=Path, exists=True))
 GRACE_H = 24.0
 
@@ -81,7 +83,7 @@ def scan(corpus: Path, out: Path, pattern: str | None, speaker: str | None, key:
 @click.option("--strict", is_flag=True, help="Stop at the first failure.")
 @click.option("--rehash", is_flag=True, help="Do not trust files' sizes and times.")
 @json_option
-def extract(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path | None, only_plan: bool, replace: bool,
+def extract(corpus: Path, store: Place, requests: tuple[str, ...], recipe: Path | None, only_plan: bool, replace: bool,
             shard: str | None, engine: str, device: str, workers: int | None, commit_every: float, allow_failures: str,
             strict: bool, rehash: bool, as_json: bool) -> None:
     """Extract features of CORPUS into STORE; what is fresh is skipped.
@@ -131,7 +133,7 @@ def extract(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path |
 @requests_option(required=False)
 @click.option("--rehash", is_flag=True, help="Do not trust files' sizes and times.")
 @json_option
-def status(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path | None, rehash: bool,
+def status(corpus: Path, store: Place, requests: tuple[str, ...], recipe: Path | None, rehash: bool,
            as_json: bool) -> None:
     """How much of STORE is up to date with CORPUS. Exit status 1 if not all is fresh.
 
@@ -169,7 +171,7 @@ def status(corpus: Path, store: Path, requests: tuple[str, ...], recipe: Path | 
 @click.option("--timing", type=click.Choice(["edges", "centres"]), default="edges", show_default=True,
               help="How frames are aligned.")
 @json_option
-def why(store: Path, utterance: str, feature: str, requests: tuple[str, ...], recipe: Path | None, like: str | None,
+def why(store: Place, utterance: str, feature: str, requests: tuple[str, ...], recipe: Path | None, like: str | None,
         frame: int, timing: Any, as_json: bool) -> None:
     """Why FEATURE of UTTERANCE is or is not up to date: settings, weights, version, audio. Exit status 1 if it is not.
 
@@ -232,7 +234,7 @@ def _say_taps(store: Store, utterance: str, feature: str, like: str, frame: int,
 @cli.command()
 @STORE
 @click.argument("feature", metavar="NAME@ID")
-def use(store: Path, feature: str) -> None:
+def use(store: Place, feature: str) -> None:
     """Let a feature's name stand for another of its identities (`info` lists them).
 
     \b
@@ -253,7 +255,7 @@ def use(store: Path, feature: str) -> None:
 @cli.command()
 @STORE
 @json_option
-def info(store: Path, as_json: bool) -> None:
+def info(store: Place, as_json: bool) -> None:
     """What a store holds: features, identities, settings, sizes; splits.
 
     \b
@@ -279,7 +281,7 @@ def info(store: Path, as_json: bool) -> None:
 @STORE
 @click.argument("feature", required=False)
 @json_option
-def list_rows(store: Path, feature: str | None, as_json: bool) -> None:
+def list_rows(store: Place, feature: str | None, as_json: bool) -> None:
     """List the utterances of a store, or those that have FEATURE.
 
     \b
@@ -306,7 +308,7 @@ def list_rows(store: Path, feature: str | None, as_json: bool) -> None:
 @click.argument("utterance")
 @names_option("Feature to draw; again for more.  [default: all]")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="PNG file to write.")
-def plot(store: Path, utterance: str, names: tuple[str, ...], out: Path) -> None:
+def plot(store: Place, utterance: str, names: tuple[str, ...], out: Path) -> None:
     """Draw UTTERANCE on one time axis: waveform, log-mel with f0 over it, energy, any feature as an image.
 
     \b
@@ -326,7 +328,7 @@ def plot(store: Path, utterance: str, names: tuple[str, ...], out: Path) -> None
 @click.option("--test", default="0%", show_default=True, metavar="P%", help="Part of the duration to test on.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other parts.")
 @json_option
-def split(store: Path, name: str, by: str, valid: str, test: str, seed: int, as_json: bool) -> None:
+def split(store: Place, name: str, by: str, valid: str, test: str, seed: int, as_json: bool) -> None:
     """Divide the utterances of STORE into train, valid and test, and keep that under NAME; it never changes.
 
     Songs, speakers and identical recordings stay whole. A song is the field `song` of the corpus; cuts of one recording
@@ -353,7 +355,7 @@ def split(store: Path, name: str, by: str, valid: str, test: str, seed: int, as_
 @click.option("--grace", "grace_h", type=click.FloatRange(0), default=GRACE_H, show_default=True, metavar="HOURS",
               help="Leave alone what is younger: it may belong to a reader or writer.")
 @json_option
-def verify(store: Path, repair: bool, grace_h: float, as_json: bool) -> None:
+def verify(store: Place, repair: bool, grace_h: float, as_json: bool) -> None:
     """Check every byte of a store against its checksums. Exit status 1 if something is damaged.
 
     \b
@@ -388,7 +390,7 @@ def verify(store: Path, repair: bool, grace_h: float, as_json: bool) -> None:
 @click.option("-f", "--feature", help="NAME or NAME@ID.")
 @click.option("--speaker", help="Every utterance of this speaker, with all features.")
 @click.option("--utterance", "utterances", multiple=True, help="An utterance, with all features; again for more.")
-def rm(store: Path, feature: str | None, speaker: str | None, utterances: tuple[str, ...]) -> None:
+def rm(store: Place, feature: str | None, speaker: str | None, utterances: tuple[str, ...]) -> None:
     """Remove a feature, a speaker or utterances. The space is freed by `compact --purge`, a day later.
 
     For good, once nothing else uses the store (consent withdrawn): featstore compact STORE --purge --grace 0
@@ -414,7 +416,7 @@ def rm(store: Path, feature: str | None, speaker: str | None, utterances: tuple[
               help="What --purge leaves alone if it is younger. 0 leaves no byte of what was removed, and breaks "
                    "readers and writers at work: stop them first.")
 @json_option
-def compact(store: Path, purge: bool, grace_h: float, as_json: bool) -> None:
+def compact(store: Place, purge: bool, grace_h: float, as_json: bool) -> None:
     """Merge the many small segments of a store into few. Readers and writers may be at work.
 
     What is interrupted goes on with the same command. Exit status 1 if something damaged was left as it is.
@@ -447,14 +449,14 @@ def compact(store: Path, purge: bool, grace_h: float, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("destination", type=click.Path(path_type=Path))
+@click.argument("source", type=PlaceType())
+@click.argument("destination", type=PlaceType())
 @names_option("Feature to copy, NAME or NAME@ID; again for more.  [default: all]")
-def copy(source: Path, destination: Path, names: tuple[str, ...]) -> None:
+def copy(source: Place, destination: Place, names: tuple[str, ...]) -> None:
     """Copy features and utterances into a new store, or into one that exists; what is there already is skipped.
 
     \b
-    Example: featstore copy songs.zarr small.zarr -f f0 -f log-mel
+    Example: featstore copy songs.zarr s3://bucket/songs.zarr -f f0 -f log-mel
     """
     from featstore import upkeep
 
@@ -467,7 +469,7 @@ def copy(source: Path, destination: Path, names: tuple[str, ...]) -> None:
 @names_option("Feature to export; again for more.  [default: all]")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--layout", type=click.Choice(["npy", "kaldi"]), default="npy", show_default=True)
-def export_rows(store: Path, names: tuple[str, ...], out: Path, layout: str) -> None:
+def export_rows(store: Place, names: tuple[str, ...], out: Path, layout: str) -> None:
     """Write features as .npy files or Kaldi archives.
 
     \b
@@ -488,7 +490,7 @@ def export_rows(store: Path, names: tuple[str, ...], out: Path, layout: str) -> 
 @click.option("--kind", type=click.Choice(["continuous", "f0", "discrete", "samples", "global"]), default="continuous",
               show_default=True)
 @click.option("--replace", is_flag=True, help="Let names that stand for something else stand for these.")
-def import_rows(tree: Path, store: Path, layout: str, names: tuple[str, ...], rate: Fraction | None, kind: str,
+def import_rows(tree: Path, store: Place, layout: str, names: tuple[str, ...], rate: Fraction | None, kind: str,
                 replace: bool) -> None:
     """Take arrays that were made elsewhere into a store; nothing can tell whether they are up to date.
 
@@ -531,7 +533,7 @@ def _say_plan(plan: Plan, as_json: bool) -> None:
     display.say(f"{display.size(plan.bytes_needed)} needed{free}. Nothing written.")
 
 
-def _say_report(report: Report, store: Path, as_json: bool) -> None:
+def _say_report(report: Report, store: Place, as_json: bool) -> None:
     if as_json:
         display.say_json(dataclasses.asdict(report))
         return
