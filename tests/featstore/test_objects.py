@@ -230,6 +230,7 @@ def test_what_failed_is_remembered_beside_the_store(s3: Proxy, tmp_path: Path) -
 
 
 # ---------------------------------------------------------------- servers that fail
+@pytest.mark.slow
 def test_one_request_in_ten_may_fail_and_bodies_may_break_off(s3: Proxy, tmp_path: Path) -> None:
     s3.fail_every, s3.cut_every = 10, 7
     store = fs.create(f"{s3.bucket}/s.zarr")
@@ -381,7 +382,7 @@ def _read_in_child(store: fs.Store, key: str, pipe: object) -> None:
     pipe.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_worker_process_reads_after_its_parent_has(s3: Proxy, method: str) -> None:
     store = fs.create(f"{s3.bucket}/s.zarr")
     fill(store, ["a1", "a2"])
@@ -419,6 +420,7 @@ def test_a_copy_goes_there_and_back_and_merges(s3: Proxy, tmp_path: Path) -> Non
     assert contents(fs.open(tmp_path / "back.zarr")) == contents(local) == contents(remote)
 
 
+@pytest.mark.slow
 def test_a_copy_that_was_interrupted_goes_on(s3: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featstore.writer.COMMIT_BYTES", 20_000)
     local = fs.create(tmp_path / "s.zarr")
@@ -545,6 +547,7 @@ def test_a_web_server_that_shows_no_folders_is_refused(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the commands
+@pytest.mark.slow
 def test_the_commands_take_urls(s3: Proxy, tmp_path: Path) -> None:
     def run(*words: object, status: int = 0) -> str:
         done = CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=False)
