@@ -7,7 +7,6 @@ own files and stay in here: what a server or a library says is never passed on a
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import os
@@ -16,10 +15,10 @@ import random
 import re
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
@@ -31,7 +30,7 @@ from .errors import ConditionalPutIgnored, MissingPackage, RemoteError
 
 RETRIES = 8           # of one request, 0.05 s to 2 s apart: about 7 s until a server that is down is given up
 TRIES = 4             # of a request whose answer broke off
-AT_ONCE = 192         # ranges asked for at one time
+THREADS, TOGETHER = 24, 10  # so many calls at one time, each of which has so many ranges of an object under way
 SETTLE_S = 1.0        # where conditional PUT is ignored: what another writer put meanwhile shows after this
 _KEYED = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE",
           "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
@@ -149,9 +148,6 @@ class _Obstore:
         self._unkeyed = False  # nothing says what the keys are: a virtual machine may know
         self._obs, self._stores = _obstore()
         self._store = self._open()
-        # Never let go of: what its threads would then have to do would race with the end of the process, which aborted
-        # some of them (one in thirty on a busy machine).
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._store))
 
     def _open(self) -> Any:
         if self.base.startswith("memory:"):
@@ -170,29 +166,26 @@ class _Obstore:
         return self._guard(lambda: bytes(self._obs.get(self._store, key).bytes()), key)
 
     def ranges(self, wanted: Sequence[tuple[str, int, int]]) -> list[memoryview]:
-        if len(wanted) == 1:
-            key, start, stop = wanted[0]
-            return [memoryview(self._guard(lambda: self._obs.get_range(self._store, key, start=start, end=stop), key))]
-        return run_async(self._ranges, wanted)
+        parts = _of_one_object(wanted)
+        if len(parts) == 1:
+            return self._several(wanted, parts[0])
+        found: list[memoryview] = [memoryview(b"")] * len(wanted)
+        with ThreadPoolExecutor(min(THREADS, len(parts))) as threads:  # none of them is left for a fork to lose
+            for part, data in zip(parts, threads.map(lambda part: self._several(wanted, part), parts), strict=True):
+                for number, one in zip(part, data, strict=True):
+                    found[number] = one
+        return found
 
-    async def _ranges(self, wanted: Sequence[tuple[str, int, int]]) -> list[memoryview]:
-        import asyncio
-
-        gate = asyncio.Semaphore(AT_ONCE)
-
-        async def one(key: str, start: int, stop: int) -> memoryview:
-            async with gate:
-                for number in range(TRIES):
-                    try:
-                        return memoryview(await self._obs.get_range_async(self._store, key, start=start, end=stop))
-                    except Exception as error:
-                        told = self._told(error, key)
-                        if number == TRIES - 1 or not _passing(error):
-                            raise told from None
-                        await asyncio.sleep(_pause(number))
-                raise AssertionError("unreachable")
-
-        return list(await asyncio.gather(*(one(*part) for part in wanted)))
+    def _several(self, wanted: Sequence[tuple[str, int, int]], part: Sequence[int]) -> list[memoryview]:
+        """Ranges of one object, all under way at once. (obstore's coroutines are not used: they call back into Python
+        from threads of their own, which aborts the process if it ends meanwhile; one in twenty on a busy machine.)"""
+        key, starts, stops = wanted[part[0]][0], [wanted[i][1] for i in part], [wanted[i][2] for i in part]
+        if len(part) == 1:
+            found = [self._guard(lambda: self._obs.get_range(self._store, key, start=starts[0], end=stops[0]), key)]
+        else:
+            found = self._guard(lambda: self._obs.get_ranges(self._store, key, starts=starts, ends=stops, coalesce=0),
+                                key)
+        return [memoryview(data) for data in found]
 
     def put(self, key: str, data: bytes | Path) -> None:
         self._guard(lambda: self._obs.put(self._store, key, data, chunk_size=16 << 20, max_concurrency=4), key)
@@ -442,29 +435,12 @@ def _facts(meta: Any) -> Facts:
     return Facts(int(meta["size"]), meta["last_modified"].timestamp())
 
 
-def run_async(work: Callable[..., Any], *args: Any) -> Any:
-    """Run a coroutine to its end; from inside a notebook, whose own loop is running, in a thread of its own."""
-    import asyncio  # 50 ms, which local stores are spared
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work(*args))
-    found: list[Any] = []
-
-    def run() -> None:
-        try:
-            found.append((True, asyncio.run(work(*args))))
-        except BaseException as error:
-            found.append((False, error))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    done, value = found[0]
-    if not done:
-        raise value
-    return value
+def _of_one_object(wanted: Sequence[tuple[str, int, int]]) -> list[list[int]]:
+    """The positions of ranges, in groups of one object and of as many as obstore has under way at once."""
+    by_key: dict[str, list[int]] = {}
+    for number, (key, _, _) in enumerate(wanted):
+        by_key.setdefault(key, []).append(number)
+    return [numbers[i:i + TOGETHER] for numbers in by_key.values() for i in range(0, len(numbers), TOGETHER)]
 
 
 def _pause(number: int) -> float:
