@@ -296,8 +296,9 @@ class _Plan:
         names = {self.segments[number].id for number in self.bare}
         if not any(names & _replaced(s) for s in self._new(Collection(self.folder).segments) if s.id != merged.id):
             return False
-        with replacing(self.folder, [merged]):
-            return True
+        with contextlib.suppress(FileNotFoundError), replacing(self.folder, [merged]):
+            pass  # unless that one has replaced it already, and a purge removed it
+        return True
 
     def _give_way(self, merged: Segment, numbers: list[int], done: Compacted) -> None:
         """Take back rows of inputs that were emptied (`rm` of a feature) between the last look and the commit.
@@ -311,7 +312,7 @@ class _Plan:
         if not emptied:
             return
         gone = {row for name in emptied for row in _rows_of(inputs[name].records)}
-        with replacing(self.folder, [merged]) as writer:
+        with contextlib.suppress(FileNotFoundError), replacing(self.folder, [merged]) as writer:
             for record, row in zip(merged.records, _rows_of(merged.records), strict=True):
                 if row not in gone:
                     key = merged.key(record)

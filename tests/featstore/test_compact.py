@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import json
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +15,12 @@ import pytest
 
 import featstore as fs
 from featstore import compact as compaction
-from featstore import storage, upkeep
-from featstore.compact import compact
-from featstore.index import drop_replaced
+from featstore import shards, storage, upkeep
+from featstore import writer as writers
+from featstore.compact import Compacted, compact, steps
+from featstore.errors import DiskFull
+from featstore.index import drop_replaced, hash_keys, write_catalogue
+from featstore.segment import SegmentWriter
 from featstore.store import Collection
 from featstore.verify import verify
 
@@ -244,3 +252,147 @@ def _aged(monkeypatch, path: Path) -> None:
             os.utime(item, (then, then))
     now, age = time.time_ns(), storage.age_s
     monkeypatch.setattr(storage, "age_s", lambda name: age(name) + 2 * 24 * 3600 * (int(name.split("-")[0], 16) < now))
+
+
+def test_a_feature_removed_while_it_is_compacted_stays_removed(tmp_path):
+    for stage in ("list", "read", "commit"):
+        store = _filled(tmp_path / f"{stage}.zarr")
+        folder = store.features["mel"].folder
+        running = steps(folder, Compacted(), purge=False, grace_s=0)
+        while next(running) != stage:
+            pass
+        upkeep.remove(fs.open(store.path), feature="mel")
+        list(running)
+        assert sum(s.facts["rows"] for s in _kept(folder)) == 0, stage
+        assert len(store.features["voice"]) == 6
+
+
+def test_a_feature_removed_at_the_moment_of_the_commit_is_taken_back(tmp_path, monkeypatch):
+    store = _filled(tmp_path / "s.zarr")
+    folder, commit = store.features["mel"].folder, SegmentWriter.commit
+
+    def beaten(writer, attributes) -> None:
+        monkeypatch.setattr(SegmentWriter, "commit", commit)
+        upkeep.remove(fs.open(store.path), feature="mel")
+        commit(writer, attributes)
+
+    monkeypatch.setattr(SegmentWriter, "commit", beaten)
+    list(steps(folder, Compacted(), purge=False, grace_s=0))
+    assert sum(s.facts["rows"] for s in _kept(folder)) == 0
+
+
+@pytest.mark.parametrize("stage", ["list", "read", "commit"])
+def test_two_compactions_of_one_collection_do_no_harm(tmp_path, stage):
+    store = _filled(tmp_path / "s.zarr")
+    with store.writer() as w:
+        w.delete("k1", "mel")
+    before, folder = _contents(store), store.features["mel"].folder
+    slow = steps(folder, Compacted(), purge=True, grace_s=0)
+    while next(slow) != stage:
+        pass
+    compact(fs.open(store.path), purge=True, grace_s=0)
+    list(slow)
+    store.refresh()
+    assert _contents(store) == before and verify(store).damages == []
+    compact(store, purge=True, grace_s=0)
+    assert _contents(store) == before and len(_kept(folder)) <= 2       # the rows, and what emptied the tombstones
+
+
+@pytest.fixture
+def full(monkeypatch) -> Iterator[Callable[[int], None]]:
+    """`full(n)`: the disk is full from the n-th write on; `full(-1)`: it is not."""
+    left = [-1]
+
+    def write_all(real):
+        def write(file, data) -> None:
+            left[0] -= left[0] > 0
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(file, data)
+        return write
+
+    def write_file(path, data) -> None:
+        with storage.disk_room(path), path.open("wb") as file:
+            write_all(lambda f, d: f.write(d))(file, data)
+
+    monkeypatch.setattr(shards, "_write_all", write_all(shards._write_all))
+    monkeypatch.setattr(storage, "write", write_file)
+    yield lambda writes: left.__setitem__(0, writes)
+
+
+def test_whenever_the_disk_gets_full_nothing_is_lost_and_the_same_call_goes_on(tmp_path, full):
+    store = _filled(tmp_path / "s.zarr", 3)
+    with store.writer() as w:
+        w.delete("k1")
+    before = _contents(store)
+    for writes in range(1, 200):
+        full(writes)
+        try:
+            compact(store, purge=True)
+        except DiskFull as error:
+            assert "is kept" in str(error)
+        else:
+            break
+        finally:
+            full(-1)
+        assert _contents(fs.open(store.path)) == before, writes
+    assert 5 < writes < 199
+    assert _contents(store) == before and verify(store).damages == [] and compact(store, purge=True).copied == 0
+
+
+def test_a_merged_segment_that_does_not_fit_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    store = _filled(tmp_path / "s.zarr", 3)
+    before = _contents(store)
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 10)
+    with pytest.raises(DiskFull, match=r"needs about 0.00 GB beside what it has.*run the same command again"):
+        compact(store)
+    assert _contents(fs.open(store.path)) == before
+
+
+def test_no_byte_of_a_removed_speaker_is_left_in_the_store(tmp_path, monkeypatch):
+    """In frames, records, keys, catalogues, splits, the spool, what killed writers left, and what failed."""
+    monkeypatch.setattr(writers, "LINK_BYTES", 1)                       # rows that no record names lie in linked shards
+    monkeypatch.setattr(writers, "FOLD_BYTES", 0)
+    store = fs.create(tmp_path / "s.zarr")
+    frames = {}
+    for take in range(3):
+        with store.writer() as w:
+            w.declare("mel", MEL)
+            for key in ("wolf/a", "lamb/b", "wolf/c"):
+                frames[key, take] = np.random.default_rng([take, *key.encode()]).random((50, 3)).astype(np.float16)
+                w.utterance({"key": key, "speaker": key[:4], "text": f"words of {key[:4]}", "audio": f"{key}.wav"},
+                            source=f"{key}{take}".encode().ljust(32, b"."), seconds=1.0)
+                w.write(key, "mel", frames[key, take])
+                w.commit()
+            frames["wolf/a", 3 + take] = np.random.default_rng(99 + take).random((50, 3)).astype(np.float16)
+            w.write("wolf/a", "mel", frames["wolf/a", 3 + take])        # the row before it has no record any more
+    with store.writer() as w:                                           # another identity of the name, kept beside it
+        w.declare("mel", dataclasses.replace(MEL, version=2), replace=True)
+        w.write("wolf/a", "mel", frames["wolf/a", 0])
+        w.write("lamb/b", "mel", frames["lamb/b", 2])
+    fs.split(store, "main", by="speaker", valid=50)
+    for folder in [store.path / "utterances", store.features["mel"].folder]:
+        write_catalogue(folder, Collection(folder).merged())
+    left = store["wolf/a", "mel"]._segment.folder
+    shutil.copytree(left, left.with_name(storage.new_id()), ignore=lambda _, names: {"zarr.json"} & set(names))
+    (store.path / "spool" / "run").mkdir(parents=True)
+    (store.path / "spool" / "run" / "x").write_bytes(frames["wolf/c", 1].tobytes())
+    log = store.path.with_name("s.zarr.failures.jsonl")
+    log.write_text("".join(json.dumps(line) + "\n" for line in (
+        {"utterance": "x1", "feature": None, "path": "/x1.wav", "reason": "cut off", "speaker": "wolf"},
+        {"utterance": "wolf/readme", "feature": None, "path": "/wolf/readme", "reason": "no audio"},
+        {"utterance": "lamb/d", "feature": None, "path": "/lamb/d.wav", "reason": "cut off", "speaker": "lamb"})))
+
+    removed = upkeep.remove(store, speaker="wolf")
+    assert removed.failures == 2 and [failure.utterance for failure in fs.failures(store)] == ["lamb/d"]
+    assert compact(store, purge=True, grace_s=0).damages == []
+    needles = [b"wolf", b"x1", *(row.tobytes()[at:at + 24] for (key, _), row in frames.items() if key[:4] == "wolf"
+                                 for at in (0, 24, 150, 276))]
+    found = [path for path in tmp_path.rglob("*") if path.is_file() and any(n in path.read_bytes() for n in needles)]
+    assert found == [] and not any("wolf" in str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    hashed = [row.tobytes() for row in hash_keys(["wolf/a", "wolf/c"])]
+    told = {path.relative_to(store.path).parts[0] for path in store.path.rglob("*") if path.is_file()
+            and any(one in path.read_bytes() for one in hashed)}
+    assert told <= {"splits"}, "a split keeps hashes of keys, whoever was removed; nothing else does"
+    assert np.array_equal(fs.open(store.path)["lamb/b", "mel"].read(check=True), frames["lamb/b", 2])
+    assert verify(store).damages == []

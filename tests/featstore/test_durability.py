@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
 import os
@@ -412,13 +413,72 @@ def test_everything_is_synced_before_the_document_that_commits_it(tmp_path, monk
                  and Path(path).parent.parent.name == "segments"]
     assert len(documents) == 6                                          # two commits and a fold, of two collections
     for at in documents:
-        folder = Path(syncs[at][1]).parent
-        before = {path: size for what, path, size in syncs[:at] if what == "sync"}
-        inside = [path for path in folder.rglob("*") if path != folder / "zarr.json"]
-        late = [str(p) for p in inside if before.get(str(p)) != (p.stat().st_size if p.is_file() else -1)]
-        assert late == [], "not synced, or written after it was"
-        assert {str(folder), str(folder.parent)} <= before.keys()
-        assert ("sync", str(folder), -1) in syncs[at:], "the document's own entry"
+        _assert_synced_first(syncs, at)
+
+
+def _assert_synced_first(syncs: list[tuple[str, str, int]], at: int) -> None:
+    """Of the document put in place by event `at`: all beside it is on the disk before, its own entry after."""
+    folder = Path(syncs[at][1]).parent
+    before = {path: size for what, path, size in syncs[:at] if what == "sync"}
+    inside = [path for path in folder.rglob("*") if path != folder / "zarr.json"]
+    late = [str(p) for p in inside if before.get(str(p)) != (p.stat().st_size if p.is_file() else -1)]
+    assert late == [], "not synced, or written after it was"
+    assert {str(folder), str(folder.parent)} <= before.keys()
+    staged = [path for path in before if path.startswith(f"{folder}/.zarr.json.")]
+    assert [before[path] for path in staged] == [syncs[at][2]], "the document's own bytes"
+    assert ("sync", str(folder), -1) in syncs[at:], "the document's own entry"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="paths of open files are read from /proc")
+def test_what_compact_writes_is_synced_before_it_counts_and_before_the_old_is_removed(tmp_path, monkeypatch, syncs):
+    store = fs.create(tmp_path.resolve() / "a.zarr")
+    for key in "abc":
+        with store.writer() as w:
+            w.declare("x", MEL)
+            w.write(key, "x", _ones(100))
+    with store.writer() as w:
+        w.delete("b")
+    syncs.clear()
+    compact(store)
+    documents = [at for at, (what, path, _) in enumerate(syncs) if what == "put" and path.endswith("/zarr.json")]
+    kinds = sorted(Path(syncs[at][1]).parent.parent.name for at in documents)
+    assert kinds == ["catalogue"] * 2 + ["segments"] * 4                # rows and tombstones, of two collections
+    for at in documents:
+        _assert_synced_first(syncs, at)
+    remove, unlink = storage.remove_tree, Path.unlink
+    monkeypatch.setattr(storage, "remove_tree", lambda folder: (syncs.append(("remove", str(folder), 0)),
+                                                                remove(folder))[1])
+    monkeypatch.setattr(Path, "unlink", lambda path, **more: (syncs.append(("unlink", str(path), 0)),
+                                                              unlink(path, **more))[1])
+    syncs.clear()
+    compact(store, purge=True, grace_s=0)
+    removed = [at for at, (what, path, _) in enumerate(syncs) if what == "remove" and "/segments/" in path]
+    assert len(removed) >= 8
+    for at in removed:
+        folder = syncs[at][1]
+        assert syncs[:at].index(("unlink", f"{folder}/zarr.json", 0)) < syncs[:at].index(("sync", folder, -1), at - 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="paths of open files are read from /proc")
+def test_a_name_moves_after_its_rows_are_on_the_disk(tmp_path, syncs):
+    store = fs.create(tmp_path.resolve() / "a.zarr")
+    for version in (1, 2):
+        with store.writer() as w:
+            w.declare("x", dataclasses.replace(MEL, version=version), replace=True)
+            w.write("a", "x", _ones(100))
+    moves = [at for at, (what, path, _) in enumerate(syncs) if what == "put" and "/served/0" in path]
+    assert len(moves) == 2
+    for at in moves:
+        step = Path(syncs[at][1]).parent
+        assert ("sync", str(step.parent), -1) in syncs[:at], "the entry of the step's folder"
+        assert any(what == "sync" and path.startswith(f"{step}/.zarr.json.") and size == syncs[at][2]
+                   for what, path, size in syncs[:at]), "the bytes of its document"
+        assert ("sync", str(step), -1) in syncs[at:]
+    rows = [at for at, (what, path, _) in enumerate(syncs) if what == "put" and "/features/x/" in path
+            and Path(path).parent.parent.name == "segments"]
+    assert len(rows) == 2 and rows[1] < moves[1], "the new rows are committed before the name stands for them"
+    home = str(Path(syncs[rows[1]][1]).parent)
+    assert ("sync", home, -1) in syncs[rows[1]:moves[1]]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="paths of open files are read from /proc")
