@@ -15,9 +15,8 @@ import random
 import re
 import socket
 import time
-from collections.abc import Collection as Many
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,13 +30,13 @@ from .store import Collection, Store
 from .work import Task
 
 TOGETHER = 20  # cuts of one recording stay in one shard up to this part of it, as each shard hashes the whole file
-
 BUNDLE_S, BUNDLE = 8.0, 4  # audio and utterances that go to a worker at once: short ones cost more to send than to do
 FIRST, MOST = 16, 8192  # utterances in the first block, and in any
 BLOCK_S = (1.0, 4.0)    # a block that lasts less is followed by a larger one, one that lasts more by a smaller
 LOOK_S = 20.0           # between two looks at the commits while there is nobody else
 BEAT_S = 5.0            # between two writings of a note
 EXPIRY_S = 120.0        # a note from another machine that is older stands for a process that is dead
+STUCK_S = 1200.0        # and one of a process that is there, for one that is stopped or hangs
 APART_S = 0.05          # at most between giving a block up and looking for another
 TRIES = 8
 SUFFIX = "note.json"
@@ -169,7 +168,7 @@ class Share:
             else:
                 yield None
 
-    def gave_up(self, key: str, names: Many[str | None]) -> None:
+    def gave_up(self, key: str, names: Container[str | None]) -> None:
         """These features of an utterance cannot be had; None: none of it."""
         hashes = np.array([key_hashes(key)], [("hash", "<u8"), ("tag", "<u8")])
         at = self._positions(hashes)
@@ -302,9 +301,9 @@ class Notes:
 
     def __init__(self, folder: Place, name: str, features: Sequence[str], part: tuple[int, int] | None) -> None:
         self._part, self._features = part, list(features)
-        self.path = folder / ".".join([name, *(["{}-of-{}".format(*part)] if part else []), SUFFIX])
+        self.path = folder / (f"{name}.{part[0]}-of-{part[1]}.{SUFFIX}" if part else f"{name}.{SUFFIX}")
         self.written = -np.inf
-        self._known: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, _Note] = {}
 
     def write(self, hashes: np.ndarray) -> None:
         """Say what this process is at. A store's folder that cannot be written to is told when rows are."""
@@ -325,8 +324,8 @@ class Notes:
                 del self._known[name]
             notes = storage.concurrently(self.path.parent, self._note, there.values())
             for place, note in zip(there.values(), notes, strict=True):
-                if note and self._alive(place, note, now) and set(note["features"]) & set(self._features):
-                    found.append(np.frombuffer(base64.b64decode(note["utterances"]), "<u8"))
+                if note is not None and note.features & set(self._features) and self._alive(place, note, now):
+                    found.append(note.utterances)
         return found
 
     def remove(self) -> None:
@@ -341,30 +340,48 @@ class Notes:
         theirs = (int(found[1]), int(found[2])) if found else None
         return self._part is None or theirs is None or theirs[1] != self._part[1] or theirs == self._part
 
-    def _note(self, place: Place) -> dict[str, Any]:
+    def _note(self, place: Place) -> _Note | None:
         for _ in range(TRIES):
             try:
-                self._known[place.name] = json.loads(place.read_bytes())
+                self._known[place.name] = _Note.read(place.read_bytes())
                 break
             except FileNotFoundError:
-                return {}
-            except (OSError, ValueError):  # half written
+                return None
+            except (OSError, FeatstoreError, ValueError, TypeError, KeyError):  # half written, or no note
                 time.sleep(0.001)
-        return self._known.get(place.name, {})
+        return self._known.get(place.name)
 
-    def _alive(self, place: Place, note: dict[str, Any], now: float | None) -> bool:
+    def _alive(self, place: Place, note: _Note, now: float | None) -> bool:
         """Whether its process still runs: looked up on this machine, told by the age of its note from another.
 
         now: when this process wrote its own. Ages are differences between times that one file system gave, whatever
         the machines' clocks say.
         """
         with contextlib.suppress(FileNotFoundError):
-            if note["host"] != _host():
-                return now is None or now - place.lstat().st_mtime < EXPIRY_S
-            if _runs_here(note["pid"]):
-                return True
+            age = now - place.lstat().st_mtime if now is not None else 0.0
+            if note.host != _host():
+                return age < EXPIRY_S
+            if _runs_here(note.pid):
+                return age < STUCK_S
             place.unlink(missing_ok=True)
         return False
+
+
+@dataclass(frozen=True)
+class _Note:
+    """host, pid: of the process. features: identities it makes. utterances: hashes of what it is at."""
+
+    host: str
+    pid: int
+    features: frozenset[str]
+    utterances: np.ndarray
+
+    @classmethod
+    def read(cls, text: bytes) -> _Note:
+        """ValueError, KeyError or TypeError for what is none."""
+        record = json.loads(text)
+        hashes = np.frombuffer(base64.b64decode(record["utterances"]), "<u8")
+        return cls(record["host"], int(record["pid"]), frozenset(record["features"]), hashes)
 
 
 def _host() -> str:

@@ -190,7 +190,7 @@ def test_a_share_alone_goes_through_the_plan_from_its_start(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("how", ["its process is gone", "it is old and from another machine", "it is half written",
-                                 "it is about other features", "it is of another shard"])
+                                 "it is no note", "it is about other features", "it is of another shard"])
 def test_a_note_does_not_count_if(tmp_path: Path, how: str) -> None:
     plan, store = planned(tmp_path / "wavs", tmp_path / "s.zarr")
     first = Share(plan, store, "first", (1, 2) if "shard" in how else None)
@@ -205,6 +205,8 @@ def test_a_note_does_not_count_if(tmp_path: Path, how: str) -> None:
         note.write_text(json.dumps(text | {"host": "another"}))
     elif "half" in how:
         note.write_text(json.dumps(text)[:-9])
+    elif "no note" in how:
+        note.write_text("[1, 2]")
     elif "features" in how:
         note.write_text(json.dumps(text | {"features": ["0123456789abcdef"]}))
     second = Share(plan, store, "second", (2, 2) if "shard" in how else None)
