@@ -4,7 +4,8 @@
 
 The server is a process of its own on this machine: asyncio, keep-alive, range requests, any number at a time. What is
 measured is `View.read_batch` of 32 crops of 2 s of 5 features (one request per crop and feature) with the index loaded,
-first as connections are opened and then with them open. Requests are counted by the server.
+first as connections are opened and then with them open. Requests are counted by the server. The same batches from the
+folder itself say what of it is alignment.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -117,29 +118,36 @@ def count(url: str) -> int:
         return int(found.read())
 
 
-def measure(url: str, rounds: int) -> None:
+def measure(home: Path, url: str, rounds: int) -> None:
+    local, _ = batches(fs.open(home / "s.zarr").view(list(FEATURES), like="log-mel"), rounds, lambda: 0)
+    print(f"{CROPS} crops x {len(FEATURES)} features from the folder: {statistics.median(local[2:]):6.1f} ms")
     start = time.perf_counter()
     view = fs.open(f"{url}/s.zarr").view(list(FEATURES), like="log-mel")
     print(f"open the store, a view of {len(FEATURES)} features: {time.perf_counter() - start:6.3f} s, "
           f"{count(url)} requests")
+    times, asked = batches(view, rounds, lambda: count(url))
+    print(f"{CROPS} crops x {len(FEATURES)} features:")
+    print(f"  first, with connections to open {times[0]:7.1f} ms   {asked[0]} requests")
+    rest = sorted(times[2:])
+    print(f"  then, median of {len(rest)}{'':14} {statistics.median(rest):7.1f} ms   "
+          f"{statistics.median(asked[2:]):.0f} requests   ({rest[0]:.1f} to {rest[-1]:.1f} ms)")
+
+
+def batches(view: fs.View, rounds: int, counted: Callable[[], int]) -> tuple[list[float], list[int]]:
+    """Milliseconds and requests of each batch."""
     rng, frames = np.random.default_rng(1), int(SECONDS * Fraction(24000, 256))
     keys, out = list(view), None
-    times, asked, before = [], [], count(url)
+    times, asked, before = [], [], counted()
     for _ in range(rounds + 2):
         items = [(keys[i], int(rng.integers(0, view.length(keys[i]) - frames)))
                  for i in rng.choice(len(keys), CROPS, replace=False)]
         start = time.perf_counter()
         out = view.read_batch(items, frames=frames, out=out)
         times.append((time.perf_counter() - start) * 1000)
-        now = count(url)
+        now = counted()
         asked.append(now - before)
         before = now
-    size = sum(array.nbytes for array in out.values()) if out is not None else 0
-    print(f"{CROPS} crops x {len(FEATURES)} features, {size / 1e6:.1f} MB aligned:")
-    print(f"  first, with connections to open {times[0]:7.1f} ms   {asked[0]} requests")
-    rest = sorted(times[2:])
-    print(f"  then, median of {len(rest)}{'':14} {statistics.median(rest):7.1f} ms   "
-          f"{statistics.median(asked[2:]):.0f} requests   ({rest[0]:.1f} to {rest[-1]:.1f} ms)")
+    return times, asked
 
 
 def main() -> None:
@@ -156,7 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as home:
         build(Path(home, "s.zarr"))
         with server(Path(home), args.wait_ms) as url:
-            measure(url, args.rounds)
+            measure(Path(home), url, args.rounds)
 
 
 if __name__ == "__main__":

@@ -417,6 +417,9 @@ class Store:
             from .splits import members
 
             utterances = members(self, split, self.utterances if utterances is None else utterances)
+        if isinstance(self.path, storage.ObjectPath):  # what the view needs of each feature, asked for at once
+            wanted = [self.features[name] for name in dict.fromkeys([*features, like]) if name in self.features]
+            storage.concurrently(self.path, lambda feature: (feature.spec, feature.index), wanted)
         return View(self, features, like=like, rate=rate, timing=timing, utterances=utterances)
 
     def writer(self, *, commit_every_s: float = COMMIT_S, provenance: Mapping[str, str] | None = None) -> Writer:
