@@ -239,6 +239,21 @@ def test_rows_of_the_audio_before_are_no_reason_to_leave_a_recording_out(tmp_pat
     assert drawn(share) == ["spk0/u000"]
 
 
+def test_runs_that_share_a_store_of_objects_do_nothing_twice(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    folder, url, reports = make_corpus(tmp_path / "wavs", count=40, seconds=0.1), "memory://shares/s.zarr", []
+    fs.create(url)
+    threads = [threading.Thread(target=lambda: reports.append(
+        fs.extract(fs.corpus(folder), fs.open(url), {"mean": Mean()}, workers=0))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [report.done + report.elsewhere + report.fresh for report in reports] == [40] * 3
+    assert sum(report.done for report in reports) <= 42 and len(fs.open(url).features["mean"]) == 40
+    assert not list((fs.open(url).path / "spool").iterdir())
+
+
 HANG = """
 import sys, time
 import featstore as fs
