@@ -373,6 +373,32 @@ def test_readers_and_writers_go_on_while_their_segments_are_merged_and_removed(t
     assert killed.look(everything=True) > 100
 
 
+@pytest.mark.parametrize("harm", ["flip", "cut"])
+def test_harmed_shards_are_named_by_utterance_and_never_read_as_whole(tmp_path, harm):
+    chance, rows = random.Random(1), {key: np.random.default_rng(ord(key)).random((40, 3)) for key in "abc"}
+    with fs.create(tmp_path / "a.zarr").writer() as w:
+        w.declare("x", MEL)
+        for key, values in rows.items():
+            w.write(key, "x", values.astype(np.float16))
+    (shard,) = (tmp_path / "a.zarr" / "features").rglob("frames/c/0/0")
+    whole = shard.read_bytes()
+    for _ in range(10):
+        at = chance.randrange(3 * 240)                                  # of the frames: padding and index have a test
+        changed = bytearray(whole)
+        changed[at] ^= 1 << chance.randrange(8)
+        shard.write_bytes(bytes(changed) if harm == "flip" else whole[:at])
+        storage.handles.forget(str(tmp_path))
+        store = fs.open(tmp_path / "a.zarr")
+        harmed = {"abc"[at // 240]} if harm == "flip" else set("abc")   # of a short file nothing is believed
+        assert {damage.utterance for damage in verify(store).damages} == harmed
+        for key, values in rows.items():
+            if key in harmed:
+                with pytest.raises(CorruptSegment, match=f"{key}: x does not match" if harm == "flip" else "bytes"):
+                    store[key, "x"].read(check=True)
+            else:
+                assert np.array_equal(store[key, "x"].read(check=True), values.astype(np.float16))
+
+
 @pytest.fixture
 def syncs(monkeypatch) -> list[tuple[str, str, int]]:
     """What is synced and put in place, in order: ("sync" or "put", path, size)."""
