@@ -31,6 +31,8 @@ class Config(VocoderConfig):
     sampler: "ddpm" adds noise in every step (Ho et al., arXiv 2006.11239), "ddim" in none (Song et al., 2010.02502).
     clamp: "x0" keeps the waveform that each step aims at within full scale; "xt" keeps the noisy one there, as LMNT's
         and Amphion's code do, which cuts noise off and is for comparison with them.
+    mel_input: what the network is given of the log-mel: "log" as it is, or "decibels", LMNT's: of magnitudes normalised
+        by the window's energy, -80 to 20 dB brought to 0 to 1, and what lies beyond cut off.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -48,6 +50,7 @@ class Config(VocoderConfig):
     schedule: Literal["full", "fast"] = "full"
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     clamp: Literal["x0", "xt"] = "x0"
+    mel_input: Literal["log", "decibels"] = "log"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,9 +65,12 @@ class Config(VocoderConfig):
         if not 0 < self.first_beta < self.last_beta < 1 or not all(0 < beta < 1 for beta in self.fast_betas):
             raise ValueError(f"first_beta {self.first_beta:g} < last_beta {self.last_beta:g} and fast_betas "
                              f"{self.fast_betas} must lie between 0 and 1")
-        for name, choices in (("schedule", ("full", "fast")), ("sampler", ("ddpm", "ddim")), ("clamp", ("x0", "xt"))):
+        for name, choices in (("schedule", ("full", "fast")), ("sampler", ("ddpm", "ddim")), ("clamp", ("x0", "xt")),
+                              ("mel_input", ("log", "decibels"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {' or '.join(choices)}, not {getattr(self, name)!r}")
+        if self.mel_input == "decibels" and self.power != 1:
+            raise ValueError("mel_input=decibels is made of magnitudes: power must be 1")
         if self.schedule == "fast" and kept(self.fast_betas)[-1] < kept(self.betas)[-1]:
             raise ValueError(f"fast_betas {self.fast_betas} end in more noise than training adds: make them smaller")
 
@@ -84,6 +90,11 @@ class Config(VocoderConfig):
 def kept(betas: Any) -> np.ndarray:
     """The share of the signal's power that is left after each step."""
     return np.cumprod(1 - np.asarray(betas, np.float64))
+
+
+def hann_norm(win_length: int) -> float:
+    """The root of the sum of squares of a periodic Hann window, by which torchaudio's `normalized` divides."""
+    return math.sqrt(3 / 8 * win_length)
 
 
 class StepEmbedding(nn.Module):
@@ -213,7 +224,14 @@ class Model(Vocoder):
 
     def condition(self, log_mel: Tensor) -> Tensor:
         """Log-mel (B, T, n_mels) at the rate of samples, (B, n_mels, T hop_length); the same in every step."""
-        return self.spectrogram_upsampler(log_mel.transpose(1, 2))
+        return self.spectrogram_upsampler(self.scaled(log_mel).transpose(1, 2))
+
+    def scaled(self, log_mel: Tensor) -> Tensor:
+        """The log-mel (B, T, n_mels) as the network was taught it, by `mel_input`."""
+        if self.config.mel_input == "log":
+            return log_mel
+        lg = log_mel / math.log(10) if self.config.log_base == "e" else log_mel
+        return (0.2 * (lg - math.log10(hann_norm(self.config.win_length))) + 0.8).clamp(0, 1)  # (20 lg x + 80) / 100
 
     def noise(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
         """The noise (B, N) in a noisy waveform x (B, N) at step (B,) of training, told the log-mel as `condition`."""
