@@ -1,37 +1,33 @@
-"""Weights from elsewhere: published vocoders into run folders, recognised by the names and shapes of their tensors.
+"""Weights from elsewhere into run folders: finding them, taking them out of what they are wrapped in, converting.
 
-    HiFi-GAN      jik876's g_* files, {"generator": ...}, config.json beside them
-    BigVGAN       NVIDIA's v1 and v2: bigvgan_generator.pt, g_*, config.json
-    NSF-HiFiGAN   of openvpi / DiffSinger: model.ckpt or model, config.json
-    Vocos         the hub folder: pytorch_model.bin, config.yaml
-    DiffWave      LMNT's: {"model": ..., "params": ...}
-    Amphion       its vocoders' folders: args.json, checkpoint/epoch-.../ or *.pt; MelGAN and APNet too
-
-What a tensor's shape says is taken from it, what only a configuration says (sample rate, mel, dilations) from the file
-beside the weights, and what neither says from `fields`. A file is never unpickled.
+Which layout it is, is told by names and shapes of tensors (`published`). What a shape says is taken from it, what only
+a configuration says (sample rate, mel, dilations) from the file beside the weights, and what neither says from `extra`.
+A file is never unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from featstore.errors import BadRequest, CannotLoad
 from featstore_extractors import checkpoint
-from featstore_extractors.signal import MelContract
 
-from . import card, run
-
-Tensors = dict[str, Any]
-Settings = Mapping[str, Any]
+from . import card, published, run
+from .published import LAYOUTS, Facts, Layout, Tensors
 
 WRAPPERS = ("generator", "generator_state_dict", "model", "state_dict", "model_state_dict")
-PREFIXES = ("module.", "generator.", "_orig_mod.")
-CHECKPOINTS = ("bigvgan_generator.pt", "model.safetensors", "pytorch_model.bin", "model.ckpt", "model")
+PREFIXES = ("module.", "_orig_mod.", "generator.")
+FILES = ("bigvgan_generator.pt", "model.safetensors", "pytorch_model.bin", "model.ckpt", "model", "weights.pt")
+PATTERNS = ("g_*", "generator*", "*.pt", "*.ckpt", "*.pth", "*.safetensors")
+SETTINGS = ("config.json", "args.json", "config.yaml")
+NO_GENERATOR = re.compile(r"do_|.*(discriminator|optimizer)|pytorch_model_\d+\.|model_\d+\.safetensors")
+STEPS = (r"step-(\d+)", r"steps_(\d+)", r"^g_(\d+)", r"^weights-(\d+)", r"^(\d+)\.\w+$")
+JSON5 = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/|,(?=\s*[\]}])', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -44,57 +40,89 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A way in which weights are published.
+class Found:
+    """Weights where they were found: the file, what it says beside tensors, and the settings.
 
-    fits: whether tensors of these names are of this layout.
-    build: the fields of their model's Config, from tensors and settings.
-    rename: the name of a tensor in our model; None for one that is not needed.
+    source: the file of settings; None if there is none, though the weights may bring `settings` themselves.
     """
 
-    title: str
-    model: str
-    fits: Callable[[Tensors], bool]
-    build: Callable[[Tensors, Settings], dict[str, Any]]
-    rename: Callable[[str], str | None] = lambda name: name
-    licence: str = ""
+    weights: Path
+    tensors: Tensors
+    settings: Mapping[str, Any]
+    source: Path | None
+    steps: int
 
 
 def convert(path: Path, out: Path, extra: Mapping[str, str] | None = None) -> Converted:
     """Turn the weights at `path`, a file or the folder they were published in, into a run folder.
 
-    extra: fields of the Config that the files do not say, as text.
+    extra: fields of the Config that the files do not say, as text; they win over what the files say.
 
     Raises:
         CannotLoad: no file of weights, an unsafe or damaged one, or a layout that is not known; names what was found.
         BadRequest: settings are missing or contradict the tensors.
+        NotARun: `out` exists and is not empty.
     """
-    weights, beside = _find(Path(path))
+    found = _found(Path(path))
+    layout, facts = _recognised(found)
+    package = run.package_of(layout.model)
+    config = _config(package, layout, facts, found, dict(extra or {}))
+    if layout.check:
+        layout.check(facts, config)
+    model = package.Model(config)
+    renamed = {name: tensor for old, tensor in facts.tensors.items() if (name := layout.rename(old)) is not None}
     try:
-        tensors = _unwrapped(checkpoint.read(weights))
-    except (ValueError, FileNotFoundError) as error:
-        raise CannotLoad(str(error)) from error
-    settings = _settings(beside)
-    layout = next((layout for layout in LAYOUTS if layout.fits(tensors)), None)
-    if layout is None:
-        raise CannotLoad(_unknown(weights, tensors))
+        checkpoint.load_into(model, published.with_weight_norm(renamed, model.state_dict()), found.weights)
+    except ValueError as error:
+        raise CannotLoad(f"{error}. It was taken for {facts.title(layout)} weights") from error
+    made = run.create(out, run.Settings(layout.model, config, config.contract, _reads(config, package)))
+    run.save(made.path, made.settings, model.state_dict(), found.steps)
+    made = run.load(out)
+    stated = _stated_licence(found.weights)
+    says = [f"The README.md beside the weights says: {stated}."] if stated else []
+    card.note(made, training=f"These are {facts.title(layout)} weights, {found.weights.name}. How they were trained is "
+              "for those who published them to say.", licence=" ".join([*says, layout.licence_of(facts)]).strip()
+              or card.PLACEHOLDER, **({"licence_id": stated} if stated else {}))
+    card.write(made)
+    return Converted(facts.title(layout), layout.model, _remarks(out, layout, config, stated))
+
+
+def _recognised(found: Found) -> tuple[Layout, Facts]:
+    """The layout of these tensors, and what they say together with the settings. CannotLoad if none is known."""
+    if refusal := published.refusal(found.tensors, found.settings):
+        raise CannotLoad(f"{found.weights}: {refusal}")
+    fitting = [layout for layout in LAYOUTS if not any(layout.misfit(found.tensors))]
+    if fitting:
+        return fitting[0], Facts(found.tensors, found.settings, fitting[0].amphion)
+    nearest = min(LAYOUTS, key=lambda layout: layout.distance(found.tensors))
+    missing, unexpected = nearest.misfit(found.tensors)
+    raise CannotLoad(f"{found.weights} has {len(found.tensors)} tensors of no layout that is known ("
+                     f"{', '.join(layout.title for layout in LAYOUTS)}). Nearest is {nearest.title}: missing "
+                     f"{_some(missing)}; unexpected {_some(unexpected)}")
+
+
+def _config(package: Any, layout: Layout, facts: Facts, found: Found, extra: dict[str, str]) -> Any:
+    """The model's Config. BadRequest for what contradicts and for what is missing, each by its name."""
     from .training import typed
 
-    package = run.package_of(layout.model)
-    config = typed(package.Config, layout.build(tensors, settings) | dict(extra or {}))
-    renamed = {name: tensor for old, tensor in tensors.items() if (name := layout.rename(old)) is not None}
-    model = package.Model(config)
+    beside = found.source or "the settings in the file"
     try:
-        checkpoint.load_into(model, renamed, weights)
-    except ValueError as error:
-        raise CannotLoad(f"{error}. It was taken for {layout.title} weights") from error
-    made = run.create(out, run.Settings(layout.model, config, config.contract, _reads(config, package)))
-    run.save(made.path, made.settings, model.state_dict(), steps=_steps(weights))
-    remarks = _remarks(beside)
-    card.note(made, training=f"Trained elsewhere; these are {layout.title} weights from `{weights.name}`.",
-              **({"licence": layout.licence} if layout.licence else {}))
-    card.write(made)
-    return Converted(layout.title, layout.model, remarks)
+        fields = layout.build(facts)
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, CannotLoad):
+            raise
+        raise CannotLoad(f"{found.weights} or {beside} is not as {facts.title(layout)}: {error}") from error
+    if facts.wrong:
+        raise BadRequest(f"{beside} contradicts the tensors of {found.weights.name}: {'; '.join(facts.wrong)}. Is it "
+                         "the configuration of these weights?")
+    missing = [name for name, value in fields.items() if value is None and name not in extra]
+    if missing:
+        nowhere = f"{found.weights.parent} has no {layout.settings}, and the tensors do not say"
+        where = f"{found.source} does not say" if found.source else nowhere
+        raise BadRequest(f"{where} {', '.join(missing)}. Put the {layout.settings} that these weights were published "
+                         f"with beside them, or give what is missing: --set {missing[0]}=...")
+    known = {name: value for name, value in fields.items() if value is not None}
+    return typed(package.Config, known | extra)
 
 
 def _reads(config: Any, package: Any) -> dict[str, tuple[run.Read, ...]]:
@@ -105,263 +133,149 @@ def _reads(config: Any, package: Any) -> dict[str, tuple[run.Read, ...]]:
 
     mel = Spec.of(LogMel(**vars(config.contract)))
     reads: dict[str, tuple[run.Read, ...]] = {"log-mel": (run.Read("log-mel", mel),)}
-    if getattr(package.Model, "needs_f0", False):
+    if package.Model.needs_f0:
         reads["f0"] = (run.Read("f0", Spec.of(parse("f0")["f0"])),)
     return reads
 
 
-def _find(path: Path) -> tuple[Path, Path]:
-    """The file of weights, and the folder in which settings may lie beside it."""
-    if path.is_file():
-        return path, path.parent
-    for name in CHECKPOINTS:
-        if (path / name).is_file():
-            return path / name, path
-    numbered = [file for pattern in ("g_*", "*.pt", "*.ckpt") for file in path.glob(pattern) if file.is_file()]
-    epochs = sorted((path / "checkpoint").glob("epoch-*_step-*"), key=_step_of)
-    if epochs:
-        return _find(epochs[-1])[0], path
-    if numbered:
-        return max(numbered, key=_step_of), path
-    there = ", ".join(sorted(item.name for item in path.iterdir())[:12])
-    raise CannotLoad(f"{path} has no file of weights that is known ({', '.join(CHECKPOINTS)}, g_*, *.pt, *.ckpt, "
-                     f"checkpoint/epoch-*); it has: {there or 'nothing'}. Name the file itself")
+def _remarks(out: Path, layout: Layout, config: Any, stated: str) -> tuple[str, ...]:
+    remarks = [f"mels of its contract: featstore extract CORPUS STORE -r {out}", *layout.remarks(config)]
+    if not stated:
+        remarks.append("no licence stands beside the weights; what is known of the layout's is in the card")
+    return tuple(remarks)
 
 
-def _step_of(path: Path) -> int:
-    numbers = re.findall(r"step-(\d+)|(\d+)", path.name)
-    return int(next((a or b for a, b in numbers if a), numbers[-1][0] or numbers[-1][1])) if numbers else -1
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "") if listed else "nothing"
 
 
-def _steps(weights: Path) -> int:
-    """The training steps that a file's name tells of."""
-    return max(_step_of(weights), _step_of(weights.parent) if "step-" in weights.parent.name else -1, 0)
+# --- finding
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """What is written beside the weights: config.json, args.json or config.yaml."""
-    for name in ("config.json", "args.json"):
-        for home in (folder, folder.parent, folder.parent.parent):
-            if (home / name).is_file():
-                return _json(home / name)
-    path = folder / "config.yaml"
-    if path.is_file():
-        import yaml
-
-        try:
-            return dict(yaml.safe_load(path.read_text("utf-8")) or {})
-        except yaml.YAMLError as error:
-            raise CannotLoad(f"{path} is not YAML: {error}") from error
-    return {}
-
-
-def _json(path: Path) -> dict[str, Any]:
+def _found(path: Path) -> Found:
+    weights = path if path.is_file() else _file_in(path)
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CannotLoad(f"{path} is not JSON: {error}") from error
+        outer = checkpoint.read(weights)
+    except (ValueError, FileNotFoundError) as error:
+        raise CannotLoad(str(error)) from error
+    inside = outer.get("params")  # DiffWave brings its settings along
+    source = _beside(weights)
+    settings = (dict(inside) if isinstance(inside, Mapping) else {}) | (_settings(source) if source else {})
+    told = next((outer[name] for name in ("step", "global_step", "steps") if isinstance(outer.get(name), int)), 0)
+    return Found(weights, unwrapped(outer), settings, source, told or _steps_of(weights))
+
+
+def _file_in(folder: Path) -> Path:
+    """The file with the generator in a published folder. CannotLoad if there is none, or no telling which."""
+    if not folder.is_dir():
+        raise CannotLoad(f"{folder} does not exist")
+    epochs = [epoch for home in (folder, folder / "checkpoint") for epoch in home.glob("*epoch-*_step-*")]
+    if epochs:  # of accelerate, as Amphion writes them; one that is marked final is a copy of the last
+        return _file_in(max(epochs, key=lambda epoch: (_steps_of(epoch), not epoch.name.startswith("final"))))
+    for name in FILES:
+        if (folder / name).is_file():
+            return folder / name
+    files = {file for pattern in PATTERNS for file in folder.glob(pattern)
+             if file.is_file() and not NO_GENERATOR.match(file.name)}
+    best = max((_steps_of(file) for file in files), default=0)
+    latest = [file for file in files if _steps_of(file) == best]
+    if len(latest) == 1:
+        return latest[0]
+    if latest:
+        raise CannotLoad(f"{folder} has several files of weights ({_some(file.name for file in latest)}): name the one "
+                         "that you mean")
+    raise CannotLoad(f"{folder} has no file of weights that is known ({', '.join(FILES)}, {', '.join(PATTERNS)}, "
+                     f"checkpoint/epoch-*); it has {_some(item.name for item in folder.iterdir())}. Name the file")
+
+
+def _steps_of(path: Path) -> int:
+    """The training steps that the name of a file or of its folder tells of; 0 if none does."""
+    if match := re.search(r"(\d+)msteps", path.name):
+        return int(match[1]) * 1_000_000
+    for name in (path.name, path.parent.name):
+        for pattern in STEPS:
+            if match := re.search(pattern, name):
+                return int(match[1])
+    return 0
+
+
+def _beside(weights: Path) -> Path | None:
+    """The file of settings that belongs to weights: in their folder, or in that of Amphion's experiment."""
+    return next((home / name for home in _homes(weights) for name in SETTINGS if (home / name).is_file()), None)
+
+
+def _homes(weights: Path) -> list[Path]:
+    """Folders in which files stand that belong to weights."""
+    folder = weights.parent
+    return [folder, *list(folder.parents)[:2]] if "epoch-" in folder.name else [folder]
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What a file of settings says. Amphion writes JSON5: comments and commas before a bracket are passed over."""
+    text = path.read_text("utf-8", "replace")
+    try:
+        if path.suffix == ".yaml":
+            import yaml
+
+            found = yaml.safe_load(text)
+        else:
+            found = json.loads(JSON5.sub(lambda match: match[1] or "", text))
+    except Exception as error:  # of json and of yaml, which share no class
+        raise CannotLoad(f"{path} cannot be read ({str(error).splitlines()[0]}): get it again") from error
     if not isinstance(found, dict):
-        raise CannotLoad(f"{path} holds {type(found).__name__}, expected the settings of a model")
+        raise CannotLoad(f"{path} holds a {type(found).__name__}, expected the settings of a model")
+    if "format" in found and "contract" in found:
+        raise CannotLoad(f"{path.parent} is a run folder of featstore already: use it as it is")
     return found
 
 
-def _unwrapped(found: Mapping[str, Any]) -> Tensors:
+def _stated_licence(weights: Path) -> str:
+    """The licence in the front matter of a README.md, as model hubs have it; "" if none."""
+    import yaml
+
+    for home in _homes(weights):
+        path = home / "README.md"
+        parts = path.read_text("utf-8", "replace").split("---\n", 2) if path.is_file() else []
+        if len(parts) == 3 and not parts[0].strip():
+            try:
+                front = yaml.safe_load(parts[1])
+            except yaml.YAMLError:
+                return ""
+            return str(front.get("license") or "") if isinstance(front, dict) else ""
+    return ""
+
+
+# --- unwrapping
+
+
+def unwrapped(found: Mapping[str, Any]) -> Tensors:
     """The tensors of a generator, whatever they are wrapped in, under names without the wrappers' prefixes.
 
     Weight norm's old names, weight_g and weight_v, become torch's present ones.
     """
     for name in WRAPPERS:
         inner = found.get(name)
-        if isinstance(inner, Mapping) and any(hasattr(value, "shape") for value in inner.values()):
-            return _unwrapped(inner)
-    tensors = {str(name): value for name, value in found.items() if hasattr(value, "shape")}
+        if isinstance(inner, Mapping) and _tensors(inner):
+            return unwrapped(inner)
+    tensors = _tensors(found) or {f"{part}.{name}": tensor for part, inner in found.items()  # as of discriminators
+                                  if isinstance(inner, Mapping) for name, tensor in _tensors(inner).items()}
     for prefix in PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            return _unwrapped({name.removeprefix(prefix): value for name, value in tensors.items()})
-    return {_normed(name): value for name, value in tensors.items()}
+        within = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if within and (len(within) == len(tensors) or prefix == "generator."):  # beside discriminators in a training's
+            return unwrapped(within)
+    return {_normed(name): tensor for name, tensor in tensors.items()}
+
+
+def _tensors(found: Mapping[Any, Any]) -> Tensors:
+    return {str(name): value for name, value in found.items() if hasattr(value, "shape") and hasattr(value, "numel")}
 
 
 def _normed(name: str) -> str:
-    for old, new in ((".weight_g", ".parametrizations.weight.original0"),
-                     (".weight_v", ".parametrizations.weight.original1")):
+    for old, new in ((".weight_g", published.LENGTH), (".weight_v", published.DIRECTION)):
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
 
 
-def _unknown(weights: Path, tensors: Tensors) -> str:
-    names = sorted(tensors)
-    known = ", ".join(layout.title for layout in LAYOUTS)
-    return (f"{weights} has {len(names)} tensors of no layout that is known ({known}), such as "
-            f"{', '.join(names[:8]) or 'none'}")
-
-
-# --- from tensors and settings to the fields of a Config
-
-
-def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
-    """The shape of a weight, with weight norm or without. BadRequest if it is not there."""
-    for suffix in (".parametrizations.weight.original1", ".weight"):
-        if name + suffix in tensors:
-            return tuple(tensors[name + suffix].shape)
-    raise BadRequest(f"the weights have no {name}.weight")
-
-
-def _count(tensors: Tensors, pattern: str) -> int:
-    """How many numbers `pattern` matches among the names, where they are 0, 1, 2, ..."""
-    found = {int(match[1]) for name in tensors if (match := re.match(pattern, name))}
-    return max(found, default=-1) + 1
-
-
-def _has(tensors: Tensors, name: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for key in tensors)
-
-
-def _first(settings: Settings, *names: str) -> Any:
-    """The first of several names that a setting may have. BadRequest where none is there."""
-    for name in names:
-        if settings.get(name) is not None:
-            return settings[name]
-    raise BadRequest(f"the settings beside the weights do not say {names[0]}: keep config.json (or args.json) beside "
-                     "them")
-
-
-def contract_of(settings: Settings) -> dict[str, Any]:
-    """The mel contract of HiFi-GAN's family: magnitudes, Slaney's scale and areas, natural log of at least 1e-5."""
-    rate = int(_first(settings, "sampling_rate", "sample_rate"))
-    top = settings.get("fmax", settings.get("mel_fmax"))
-    return {"sample_rate": rate, "n_fft": int(_first(settings, "n_fft", "fft_size")),
-            "win_length": int(_first(settings, "win_size", "win_length")),
-            "hop_length": int(_first(settings, "hop_size", "hop_length")),
-            "n_mels": int(_first(settings, "num_mels", "n_mel", "n_mels")),
-            "fmin": float(settings.get("fmin", settings.get("mel_fmin", 0)) or 0),
-            "fmax": float(top) if top else rate / 2}
-
-
-def _hifi(tensors: Tensors, settings: Settings) -> dict[str, Any]:
-    """What HiFi-GAN, NSF-HiFiGAN and BigVGAN have in common."""
-    steps = _count(tensors, r"ups\.(\d+)\.")
-    up = "ups.{}.0" if _has(tensors, "ups.0.0") else "ups.{}"
-    kernels = tuple(_shape(tensors, up.format(i))[2] for i in range(steps))
-    dilations = _first(settings, "resblock_dilation_sizes")
-    return {"upsample_rates": tuple(_first(settings, "upsample_rates")), "upsample_kernels": kernels,
-            "channels": _shape(tensors, "conv_pre")[0],
-            "block_kernels": tuple(_first(settings, "resblock_kernel_sizes")),
-            "block_dilations": tuple(tuple(row) for row in dilations)}
-
-
-def _flat(settings: Settings, model: str) -> dict[str, Any]:
-    """Amphion's nested settings, preprocess and model, as the flat ones of the others."""
-    if "preprocess" not in settings:
-        return dict(settings)
-    found = dict(settings["preprocess"])
-    return found | dict(settings.get("model", {}).get(model, {}))
-
-
-def _hifigan(tensors: Tensors, settings: Settings) -> dict[str, Any]:
-    flat = _flat(settings, "hifigan")
-    return contract_of(flat) | _hifi(tensors, flat) | {"resblock": 1 if _has(tensors, "resblocks.0.convs1") else 2}
-
-
-def _nsf(tensors: Tensors, settings: Settings) -> dict[str, Any]:
-    flat = _flat(settings, "nsfhifigan")
-    found = contract_of(flat) | _hifi(tensors, flat)
-    found["harmonics"] = _shape(tensors, "m_source.l_linear")[1] - 1
-    return found | ({"amphion_defect": True} if "preprocess" in settings else {})
-
-
-def _bigvgan(tensors: Tensors, settings: Settings) -> dict[str, Any]:
-    flat = _flat(settings, "bigvgan")
-    found = contract_of(flat) | _hifi(tensors, flat)
-    found["activation"] = "snakebeta" if any(name.endswith("beta") for name in tensors) else "snake"
-    found["log_scale"] = bool(flat.get("snake_logscale", True))
-    found["tanh"] = bool(flat.get("use_tanh_at_final", True))
-    return found | {"final_bias": "conv_post.bias" in tensors}
-
-
-def _bigvgan_name(name: str) -> str | None:
-    if "upsample.filter" in name or "downsample.lowpass.filter" in name:
-        return None  # constants
-    return re.sub(r"^ups\.(\d+)\.0\.", r"ups.\1.", name).replace(".act.", ".")
-
-
-def _melgan(tensors: Tensors, settings: Settings) -> dict[str, Any]:
-    flat = _flat(settings, "melgan")
-    blocks = int(_first(flat, "n_residual_layers"))
-    return contract_of(flat) | {"upsample_rates": tuple(_first(flat, "ratios")), "channels": int(_first(flat, "ngf")),
-                                "residual_layers": blocks}
-
-
-def _apnet(tensors: Tensors, settings: Settings) -> dict[str, Any]:
-    flat = _flat(settings, "apnet")
-    kernel = _shape(tensors, "ASP_input_conv")
-    dilations = _first(flat, "ASP_resblock_dilation_sizes")
-    return contract_of(flat) | {"channels": kernel[0], "kernel": kernel[2],
-                                "block_kernels": tuple(_first(flat, "ASP_resblock_kernel_sizes")),
-                                "block_dilations": tuple(tuple(row) for row in dilations)}
-
-
-def _apnet_name(name: str) -> str:
-    for old, stream in (("ASP", "amplitude"), ("PSP", "phase")):
-        name = name.replace(f"{old}_input_conv", f"{stream}.input").replace(f"{old}_ResNet", f"{stream}.blocks")
-    return (name.replace("ASP_output_conv", "amplitude.outputs.0").replace("PSP_output_R_conv", "phase.outputs.0")
-            .replace("PSP_output_I_conv", "phase.outputs.1"))
-
-
-def _vocos(tensors: Tensors, settings: Settings) -> dict[str, Any]:
-    """Vocos' own log-mel: torchaudio's magnitudes on the HTK scale, at least 1e-7, frames centred on their hop."""
-    mel = _arguments(settings, "feature_extractor")
-    rate, n_fft = int(mel.get("sample_rate", 24000)), int(mel.get("n_fft", 1024))
-    backbone = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
-    embed = _shape(backbone, "embed")
-    padding = "centre" if mel.get("padding", "center") == "center" else "frames"
-    return {"sample_rate": rate, "n_fft": n_fft, "win_length": n_fft, "hop_length": int(mel.get("hop_length", 256)),
-            "n_mels": embed[1], "fmin": 0.0, "fmax": rate / 2, "mel_scale": "htk", "norm": "none", "eps": 0.0,
-            "floor": 1e-7, "padding": padding, "dim": embed[0], "kernel": embed[2],
-            "hidden": _shape(backbone, "convnext.0.pwconv1")[0], "layers": _count(backbone, r"convnext\.(\d+)\.")}
-
-
-def _arguments(settings: Settings, part: str) -> Settings:
-    """The arguments of a part of Vocos' config.yaml; MelSpectrogramFeatures is the only kind that is served."""
-    found = settings.get(part, {})
-    if not isinstance(found, Mapping) or "Encodec" in str(found.get("class_path", "")):
-        raise CannotLoad("these Vocos weights are made for EnCodec's tokens, not for log-mels: they have no contract")
-    return dict(found.get("init_args", {}))
-
-
-def _vocos_name(name: str) -> str | None:
-    if name.startswith("feature_extractor.") or name.endswith("istft.window"):
-        return None  # constants
-    return name.removeprefix("backbone.").removeprefix("head.")
-
-
-def _diffwave(tensors: Tensors, settings: Settings) -> dict[str, Any]:
-    flat = _flat(settings, "diffwave")
-    if not flat:
-        raise CannotLoad("these DiffWave weights say nothing of their log-mel: LMNT's are made for one in decibels of "
-                         "another scale, which no mel contract here can say; Amphion's have an args.json beside them")
-    channels = _shape(tensors, "input_projection")[0]
-    cycle = int(flat.get("dilation_cycle_length", 10))
-    betas = flat.get("noise_schedule_factors", [1e-4, 0.05, 50])
-    return contract_of(flat) | {"channels": channels, "layers": _count(tensors, r"residual_layers\.(\d+)\."),
-                                "dilation_cycle": cycle, "first_beta": float(betas[0]), "last_beta": float(betas[1]),
-                                "steps": int(betas[2]), "clamp": "xt"}
-
-
-LAYOUTS: tuple[Layout, ...] = (
-    Layout("BigVGAN", "bigvgan", lambda t: _has(t, "conv_pre") and _has(t, "ups.0.0"), _bigvgan, _bigvgan_name),
-    Layout("Vocos", "vocos", lambda t: _has(t, "backbone.convnext.0") and _has(t, "head.out"), _vocos, _vocos_name),
-    Layout("DiffWave", "diffwave", lambda t: _has(t, "diffusion_embedding.projection1"), _diffwave),
-    Layout("MelGAN", "melgan", lambda t: _has(t, "model.1") and any(".shortcut." in name for name in t), _melgan),
-    Layout("APNet", "apnet", lambda t: _has(t, "ASP_input_conv"), _apnet, _apnet_name),
-    Layout("NSF-HiFiGAN", "nsf_hifigan", lambda t: _has(t, "m_source.l_linear") and _has(t, "noise_convs.0"), _nsf),
-    Layout("HiFi-GAN", "hifigan", lambda t: _has(t, "conv_pre") and _has(t, "ups.0") and not _has(t, "ups.0.0"),
-           _hifigan),
-)
-
-
-def _remarks(beside: Path) -> tuple[str, ...]:
-    return (f"its mel contract was read from {beside}; check that it is the one of your log-mels",)
-
-
-__all__ = ["LAYOUTS", "Converted", "Layout", "MelContract", "contract_of", "convert"]
+__all__ = ["Converted", "convert", "unwrapped"]
