@@ -396,3 +396,20 @@ def test_no_byte_of_a_removed_speaker_is_left_in_the_store(tmp_path, monkeypatch
     assert told <= {"splits"}, "a split keeps hashes of keys, whoever was removed; nothing else does"
     assert np.array_equal(fs.open(store.path)["lamb/b", "mel"].read(check=True), frames["lamb/b", 2])
     assert verify(store).damages == []
+
+
+def test_objects_are_compacted_and_erased_as_folders_are(tmp_path):
+    pytest.importorskip("fsspec")
+    store = fs.create(f"memory://{tmp_path.name}/s.zarr")
+    for number in range(4):
+        _put(store, f"k{number}", number, speaker="wolf" if number == 1 else "lamb")
+    before = _contents(store)
+    assert compact(store).segments_after == 3 and _contents(fs.open(store.path)) == before
+    upkeep.remove(store, speaker="wolf")
+    assert compact(store, purge=True, grace_s=0).tombstones == 3
+    assert sorted(store.utterances) == sorted(store.features["mel"]) == ["k0", "k2", "k3"]
+    assert verify(store).damages == []
+    needles = [b"wolf", b"k1", _mel(1)[:4].tobytes(), hash_keys(["k1"]).tobytes()]
+    found = [path for path in store.path.rglob("*") if path.is_file() and any(n in path.read_bytes() for n in needles)]
+    assert found == []
+    assert compact(store, purge=True, grace_s=0).copied == 0
