@@ -203,7 +203,7 @@ class _Obstore:
                     f"{self.base} ignores If-None-Match: two writers that name a feature at the same moment may both "
                     "be told that they were first. No data are lost by it: `featstore info` shows which one the name "
                     "stands for, and `featstore use` moves it"), stacklevel=2)
-        if _honoured[self.base]:
+        if _honoured[self.base] or new:
             return True
         time.sleep(SETTLE_S)
         return self.get(key) == data

@@ -18,7 +18,7 @@ import numpy as np
 from . import memory, shares, storage
 from .corpus import Corpus, Utterance
 from .devices import names_of
-from .errors import BadRequest, DiskFull, FeatstoreError
+from .errors import BadRequest, DiskFull, FeatstoreError, RemoteError
 from .pipeline import TICK_S, Pipeline
 from .plan import Failure, Plan, plan, record_of, stamp
 from .spec import Extractor, Spec
@@ -264,7 +264,7 @@ class Keeper:
         for name, frames in made.frames.items():
             try:
                 self._write(key, name, frames)
-            except DiskFull:
+            except (DiskFull, RemoteError):  # of the store, not of this recording
                 raise
             except (FeatstoreError, ValueError) as error:
                 reason = str(error).removeprefix(f"{key}: ")

@@ -23,6 +23,8 @@ from toys import Mean, Total
 
 import featstore as fs
 from featstore import cache, clients, errors, objects, storage, upkeep
+from featstore.compact import compact
+from featstore.pack import pack
 from featstore.verify import verify
 from featstore_cli import cli
 
@@ -230,6 +232,17 @@ def test_what_failed_is_remembered_beside_the_store(s3: Proxy, tmp_path: Path) -
 
 
 # ---------------------------------------------------------------- servers that fail
+def test_a_server_that_fails_for_good_stops_the_run_and_the_same_call_goes_on(s3: Proxy, tmp_path: Path) -> None:
+    corpus, store = fs.corpus(make_corpus(tmp_path / "wavs")), fs.create(f"{s3.bucket}/s.zarr")
+    s3.refuse, s3.after = "PUT .*/features/mean/.*/frames/c/", 2
+    with pytest.raises(errors.RemoteError, match="permission was refused"):
+        fs.extract(corpus, store, {"mean": Mean()}, workers=0, commit_every_s=1e-9)
+    s3.refuse = ""
+    assert fs.failures(fs.open(store.path)) == []  # no recording is at fault
+    report = fs.extract(corpus, fs.open(store.path), {"mean": Mean()}, workers=0)
+    assert report.ok and report.done >= 1 and len(fs.open(store.path).features["mean"]) == 6
+
+
 @pytest.mark.slow
 def test_one_request_in_ten_may_fail_and_bodies_may_break_off(s3: Proxy, tmp_path: Path) -> None:
     s3.fail_every, s3.cut_every = 10, 7
@@ -434,6 +447,39 @@ def test_a_copy_that_was_interrupted_goes_on(s3: Proxy, tmp_path: Path, monkeypa
     assert 0 < done < 27 and verify(there).damages == []
     assert upkeep.copy(local, f"{s3.bucket}/s.zarr") == 27 - done
     assert contents(fs.open(f"{s3.bucket}/s.zarr")) == contents(local)
+
+
+# ---------------------------------------------------------------- upkeep
+@pytest.mark.slow
+def test_objects_are_compacted_erased_and_packed(s3: Proxy) -> None:
+    store = fs.create(f"{s3.bucket}/s.zarr")
+    for number in range(3):
+        fill(store, [f"a{number}", f"z{number}"], frames=200)
+    before = contents(fs.open(store.path))
+    assert compact(fs.open(store.path)).segments_after == 3 and contents(fs.open(store.path)) == before
+    upkeep.remove(fs.open(store.path), speaker="a")
+    compact(fs.open(store.path), purge=True, grace_s=0)
+    left = b"".join(path.read_bytes() for path in store.path.rglob("*"))
+    assert numbers("a1", 200).tobytes()[:64] not in left and b'"a1"' not in left
+    assert numbers("z1", 200).tobytes()[:64] in left
+    pack(fs.open(store.path), "net", "int8")
+    pack(fs.open(store.path), "net", "zstd")
+    found = fs.open(store.path)
+    assert np.array_equal(found["z1", "net"].read(), numbers("z1", 200)) and len(found.features["net-int8"]) == 3
+    assert verify(found).damages == []
+
+
+@pytest.mark.slow
+def test_a_loader_reads_in_forked_workers(s3: Proxy) -> None:
+    pytest.importorskip("torch")
+    from featstore.torch import loader
+
+    fill(fs.create(f"{s3.bucket}/s.zarr"), [f"a{i}" for i in range(8)], frames=300)
+    view = fs.open(f"{s3.bucket}/s.zarr").view(["net", "flat"], like="net")
+    crops = fs.crops(view, frames=64, batch=4, seed=0)
+    batches = loader(crops, workers=2)
+    for number, found in zip(range(4), batches, strict=False):
+        assert np.array_equal(found["net"].numpy(), crops[number]["net"])
 
 
 # ---------------------------------------------------------------- the cache
