@@ -94,9 +94,8 @@ class Proxy:
 
     def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
         if self.port is None:
-            lower = {name.lower(): value for name, value in headers.items()}
             with self._lock:
-                return self._buckets.answer(method, path, lower, body)
+                return self._buckets.answer(method, path, headers, body)
         upstream = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         upstream.request(method, path, body, headers)
         found = upstream.getresponse()
@@ -212,7 +211,7 @@ class _Forward(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         proxy, body = self.proxy, self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        headers = dict(self.headers.items())
+        headers = {name.lower(): value for name, value in self.headers.items()}
         proxy.log.append((self.command, self.path, headers))
         turn = proxy.turn(self.command, self.path)
         if turn == "drop":
@@ -222,7 +221,7 @@ class _Forward(BaseHTTPRequestHandler):
             self._send(int(turn), {}, f"<Error><Code>{proxy.code}</Code></Error>".encode())
             return
         if proxy.ignores_conditions:
-            headers = {name: value for name, value in headers.items() if name.lower() != "if-none-match"}
+            headers = {name: value for name, value in headers.items() if name != "if-none-match"}
         self._send(*proxy.answer(self.command, self.path, headers, body))
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _answer
