@@ -240,6 +240,7 @@ def test_unknown_layout_tells_what_the_nearest_lacks_and_has(hifigan, tmp_path):
     ({"upsample_rates": [8, 8, 2, 2]}, "upsample_rates has 4 entries .* the tensors 3"),
     ({"resblock": "2"}, "resblock is 2, the tensors say 1"),
     ({"resblock_dilation_sizes": [[1, 3], [1, 3, 5]]}, "a row of resblock_dilation_sizes has 2 entries"),
+    ({"fmin": [1, 2]}, r"fmin is .*1, 2.* expected something like 0\.0"),
     ({"upsample_rates": [4, 2, 4]}, "make 32 samples of a frame, hop_length is 16")], ids=lambda given: str(given)[:30])
 def test_settings_that_contradict_are_named(settings, match, hifigan, tmp_path):
     changed(hifigan, **settings)

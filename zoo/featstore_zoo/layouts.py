@@ -7,6 +7,7 @@ A file is never unpickled.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -122,7 +123,21 @@ def _config(package: Any, layout: Layout, facts: Facts, found: Found, extra: dic
         raise BadRequest(f"{where} {', '.join(missing)}. Put the {layout.settings} that these weights were published "
                          f"with beside them, or give what is missing: --set {missing[0]}=...")
     known = {name: value for name, value in fields.items() if value is not None}
+    for name, default in ((f.name, f.default) for f in dataclasses.fields(package.Config) if f.name in known):
+        if not isinstance(known[name], str) and not _alike(known[name], default):
+            raise BadRequest(f"{beside}: {name} is {known[name]!r}, expected something like {default!r}")
     return typed(package.Config, known | extra)
+
+
+def _alike(value: Any, example: Any) -> bool:
+    """Whether a value is of the kind of an example: a number, true or false, a list of such."""
+    if isinstance(example, tuple):
+        return isinstance(value, tuple) and all(_alike(item, example[0]) for item in value)
+    if isinstance(example, bool) or isinstance(value, bool):
+        return isinstance(example, bool) and isinstance(value, bool)
+    if isinstance(example, int):
+        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return isinstance(value, int | float) if isinstance(example, float) else isinstance(value, type(example))
 
 
 def _reads(config: Any, package: Any) -> dict[str, tuple[run.Read, ...]]:

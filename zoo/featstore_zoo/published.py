@@ -128,8 +128,9 @@ def refusal(tensors: Tensors, settings: Mapping[str, Any]) -> str:
     if facts.has("source_conv") or settings.get("mini_nsf"):
         return ("it is a PC-NSF-HiFiGAN (mini_nsf: one sine, added after the second step up), which is not built here. "
                 "Take an NSF-HiFiGAN of openvpi from before 2025, such as nsf_hifigan_44.1k_hop512_128bin_2024.02")
-    if (settings.get("noise_sigma") or 0) > 0:
-        return f"noise_sigma is {settings['noise_sigma']}: a network that hears noise beside its mel is not built here"
+    sigma = settings.get("noise_sigma") or 0
+    if sigma != 0:
+        return f"noise_sigma is {sigma}: a network that hears noise beside its mel is not built here"
     if facts.has("backbone.norm.scale") or any("codebook_weights" in name for name in tensors):
         return "it is a Vocos of EnCodec's tokens, not of log-mels: it has no mel contract"
     if facts.has("diffusion_embedding") and not facts.has("spectrogram_upsampler"):
@@ -159,7 +160,9 @@ def with_weight_norm(tensors: Tensors, wanted: Mapping[str, Any]) -> Tensors:
 
 def _flat(settings: Mapping[str, Any], model: str) -> dict[str, Any]:
     """Amphion's settings of preprocessing and of one model, side by side."""
-    return dict(settings["preprocess"]) | dict(settings.get("model", {}).get(model, {}))
+    models = settings.get("model")
+    inner = models.get(model) if isinstance(models, Mapping) else None
+    return dict(settings["preprocess"]) | (dict(inner) if isinstance(inner, Mapping) else {})
 
 
 def _tuples(value: Any) -> Any:
