@@ -199,6 +199,7 @@ def test_card_says_what_is_not_known(tmp_path):
     found = run.load(tmp_path / "run")
     torch.testing.assert_close(wave_of(found.model), wave_of(model), rtol=0, atol=1e-6)
     lacks = card.problems((found.path / "README.md").read_text())
+    assert "untrained" not in (found.path / "README.md").read_text()
     assert any("Licence" in line for line in lacks) and "front matter has no license" in lacks
 
 

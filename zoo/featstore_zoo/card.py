@@ -131,11 +131,11 @@ def _model(run: Run, count: int) -> str:
 
 
 def _said(run: Run) -> str:
-    """What the package's own card says first: what the model is, and the paper."""
+    """What the package's own card says first: what the model is. Its status is not that of a run."""
     home = Path(str(run.settings.package.__file__)).parent / "CARD.md"
     if not home.exists():
         return str(run.settings.package.__doc__ or "").strip()
-    paragraphs = [part for part in home.read_text("utf-8").split("\n\n") if not part.startswith("#")]
+    paragraphs = [part for part in home.read_text("utf-8").split("\n\n") if not part.startswith(("#", "**Status"))]
     return paragraphs[0].strip()
 
 

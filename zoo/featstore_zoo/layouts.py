@@ -136,7 +136,7 @@ def _alike(value: Any, example: Any) -> bool:
     if isinstance(example, bool) or isinstance(value, bool):
         return isinstance(example, bool) and isinstance(value, bool)
     if isinstance(example, int):
-        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return isinstance(value, int)
     return isinstance(value, int | float) if isinstance(example, float) else isinstance(value, type(example))
 
 
