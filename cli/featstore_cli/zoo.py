@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,21 +26,23 @@ OUT = click.option("-o", "--out", required=True, type=click.Path(path_type=Path)
 @click.argument("model")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
-@click.option("--mel", default="log-mel", show_default=True, metavar="NAME", help="The log-mel.")
-@click.option("--wave", default="wave", show_default=True, metavar="NAME", help="The waveform.")
-@click.option("--f0", default="f0", show_default=True, metavar="NAME", help="f0, where it is heard.")
+@click.option("--mel", metavar="NAME", help="The log-mel.  [default: log-mel]")
+@click.option("--wave", metavar="NAME", help="The waveform.  [default: wave]")
+@click.option("--f0", metavar="NAME", help="f0, where it is heard.  [default: f0]")
 @click.option("--split", metavar="S", help="Learn from S/train, validate on S/valid.  [default: hold out 5 %]")
 @click.option("--init", type=click.Path(path_type=Path), metavar="RUN", help="Begin with the weights of another run.")
 @click.option("--resume", is_flag=True, help="Go on with the run in -o.")
+@click.option("-r", "--recipe", type=click.Path(path_type=Path), metavar="RECIPE",
+              help="TOML file or run folder: [model], [training], [features]; other options win.")
 @click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A field of model or training; again.")
 @click.option("--steps", type=click.IntRange(1), help="As --set steps=N; with --resume, how far to go on.")
 @click.option("--precision", type=click.Choice(["32", "bf16", "16"]), help="As --set precision=P.")
 @DEVICE
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that read batches.")
 @click.option("--smoke", is_flag=True, help="Twenty steps of a small model, to see that everything works.")
-def train(model: str, store: Path, out: Path, mel: str, wave: str, f0: str, split: str | None, init: Path | None,
-          resume: bool, fields: tuple[str, ...], steps: int | None, precision: str | None, device: str, workers: int,
-          smoke: bool) -> None:
+def train(model: str, store: Path, out: Path, mel: str | None, wave: str | None, f0: str | None, split: str | None,
+          init: Path | None, resume: bool, recipe: Path | None, fields: tuple[str, ...], steps: int | None,
+          precision: str | None, device: str, workers: int, smoke: bool) -> None:
     """Train MODEL (see `featstore zoo ls`) on the features of STORE into a run folder.
 
     \b
@@ -48,21 +50,26 @@ def train(model: str, store: Path, out: Path, mel: str, wave: str, f0: str, spli
              featstore train hifigan:v1 songs.zarr -o runs/voc --resume
     """
     from featstore_zoo import card, run, training
+    from featstore_zoo import recipe as recipes
 
     opened = open_store(store)
-    given = dict(_pair(text) for text in fields)
-    given |= {name: str(value) for name, value in (("steps", steps), ("precision", precision)) if value is not None}
-    if not resume:
-        names = {"log-mel": mel, "wave": wave, "f0": f0}
-        training.prepare(out, opened, model, fields=given, names=names, split=split, init=init, smoke=smoke)
-    elif set(given) - {"steps"}:
-        raise click.UsageError(f"--resume goes on as {out} was begun: only --steps may be given, not "
-                               f"{', '.join(sorted(set(given) - {'steps'}))}")
+    names = {role: name for role, name in (("log-mel", mel), ("wave", wave), ("f0", f0)) if name}
+    if resume:
+        _check_resumed(out, model, {"--mel": mel, "--wave": wave, "--f0": f0, "--split": split, "--init": init,
+                                    "-r": recipe, "--set": fields, "--precision": precision})
+    else:
+        given = dict(_pair(text) for text in fields)
+        given |= {name: str(value) for name, value in (("steps", steps), ("precision", precision)) if value is not None}
+        training.prepare(out, opened, model, fields=given, names=names, split=split, init=init, smoke=smoke,
+                         recipe=recipes.read(recipe) if recipe else None)
     begin = time.monotonic()
     with TrainProgress() as progress:
         done = training.train(out, store, device=device, workers=workers, resume=resume, steps=steps,
                               progress=progress)
     card.trained(run.load(out), opened, device, time.monotonic() - begin)
+    if not done.terms and not done.interrupted:
+        display.say(f"{out}: all of its {done.step:,} steps are done; --steps N goes on to more")
+        return
     terms = ", ".join(f"{name} {value:.3f}" for name, value in done.terms.items())
     display.say(f"{out}: {done.step:,} steps, {terms}")
     if done.early:
@@ -70,6 +77,20 @@ def train(model: str, store: Path, out: Path, mel: str, wave: str, f0: str, spli
     if done.interrupted:
         display.say(f"Interrupted and kept. Go on: featstore train {model} {store} -o {out} --resume")
         raise click.exceptions.Exit(130)
+
+
+def _check_resumed(out: Path, model: str, given: Mapping[str, Any]) -> None:
+    """A run goes on as it was begun: only how far may be said anew."""
+    from featstore_zoo import run
+
+    begun = run.load(out).settings.model
+    if model.partition(":")[0].replace("-", "_") != begun.replace("-", "_"):
+        raise click.UsageError(f"{out} is a run of {begun}, and {model} was asked for: name that one, or give another "
+                               "folder (-o)")
+    more = [name for name, value in given.items() if value]
+    if more:
+        raise click.UsageError(f"--resume goes on as {out} was begun: leave out {', '.join(more)}. Only --steps may be "
+                               f"given; to change more, begin another run with its weights: --init {out} -o OTHER")
 
 
 @cli.command()

@@ -23,20 +23,17 @@ def sentence():
     return wave[RATE:RATE * 5 // 2]
 
 
-@pytest.mark.filterwarnings("ignore:pkg_resources")
 @pytest.mark.parametrize("align", ["none", "dtw"])
 def test_equal_waveforms_have_no_cepstral_distortion(sentence, align):
     assert metrics.mel_cepstral_distortion(sentence, sentence.copy(), RATE, align=align) == 0
 
 
-@pytest.mark.filterwarnings("ignore:pkg_resources")
 def test_cepstral_distortion_hears_a_filter_and_not_the_level(sentence):
     duller = np.convolve(sentence, [0.25, 0.5, 0.25], "same").astype(np.float32)
     assert metrics.mel_cepstral_distortion(sentence, 0.3 * sentence, RATE, align="none") < 1e-3
     assert metrics.mel_cepstral_distortion(sentence, duller, RATE, align="none") > 1
 
 
-@pytest.mark.filterwarnings("ignore:pkg_resources")
 def test_warping_forgives_a_pause_that_equal_times_do_not(sentence):
     paused = np.concatenate([sentence[:8000], np.zeros(3200, np.float32), sentence[8000:]])
     by_path = metrics.mel_cepstral_distortion(sentence, paused, RATE, align="dtw")
@@ -80,7 +77,6 @@ def test_f0_of_two_grids_is_refused():
         metrics.f0_correlation(np.ones(5), np.ones(6))
 
 
-@pytest.mark.filterwarnings("ignore:pkg_resources")
 def test_silence_is_never_a_perfect_score(sentence):
     pytest.importorskip("pesq")
     silence = np.zeros_like(sentence)

@@ -16,10 +16,9 @@ pytest.importorskip("lightning_fabric")
 
 from zoo.conftest import SMALL  # noqa: E402
 
-from featstore_zoo import run, training  # noqa: E402
+from featstore_zoo import card, recipe, run, training  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
-              pytest.mark.filterwarnings("ignore:pkg_resources"),
               pytest.mark.filterwarnings("ignore:.*num_workers.*:UserWarning")]
 
 
@@ -174,3 +173,136 @@ def test_a_waveform_of_another_rate_is_refused(voices, tmp_path):
 def test_a_feature_that_the_model_needs_and_the_store_lacks_is_named(voices, tmp_path):
     with pytest.raises(MissingFeature, match="no feature 'pitch'"):
         training.prepare(tmp_path / "run", fs.open(voices), "nsf-hifigan", fields=SMALL, names={"f0": "pitch"})
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again_by_resume(voices, tmp_path):
+    for name, resume in (("new", False), ("resumed", True)):
+        prepared(tmp_path / name, voices, steps=1)
+        training.train(tmp_path / name, voices, workers=0, resume=resume)
+    assert same(weights(tmp_path / "new"), weights(tmp_path / "resumed"))
+
+
+def test_weights_without_a_checkpoint_are_not_trained_over(voices, tmp_path):
+    made = prepared(tmp_path / "run", voices, steps=1)
+    run.save(made.path, made.settings, made.network().state_dict(), 0)
+    for resume in (False, True):
+        with pytest.raises(CannotLoad, match=r"no checkpoint to go on from.*--init"):
+            training.train(tmp_path / "run", voices, workers=0, resume=resume)
+
+
+def test_a_run_lengthened_by_steps_remembers_and_needs_not_what_it_began_with(voices, tmp_path):
+    import shutil
+
+    prepared(tmp_path / "first", voices, steps=1)
+    training.train(tmp_path / "first", voices, workers=0)
+    training.prepare(tmp_path / "run", fs.open(voices), "hifigan", fields=SMALL | {"steps": 1, "learning_rate": 1e-9},
+                     init=tmp_path / "first")
+    training.train(tmp_path / "run", voices, workers=0)
+    first, begun = weights(tmp_path / "first"), weights(tmp_path / "run")
+    assert all(torch.allclose(first[name], begun[name], atol=1e-6) for name in first)
+    shutil.rmtree(tmp_path / "first")
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    done = training.train(tmp_path / "moved", voices, workers=0, resume=True, steps=2)
+    assert done.step == 2 and run.load(tmp_path / "moved").settings.training["steps"] == 2
+    assert training.train(tmp_path / "moved", voices, workers=0, resume=True).terms == {}
+
+
+def test_a_run_begins_only_with_weights_that_fit(voices, tmp_path):
+    made = prepared(tmp_path / "first", voices, channels=16)
+    run.save(made.path, made.settings, made.network().state_dict(), 0)
+    with pytest.raises(CannotLoad, match="shape"):
+        training.prepare(tmp_path / "run", fs.open(voices), "hifigan", fields=SMALL, init=tmp_path / "first")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_the_scaler_of_half_precision_serves_both_optimisers_alike(voices, tmp_path, monkeypatch, finite):
+    """Infinite gradients of one side leave the weights of both; finite ones reach both in their true size."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins import MixedPrecision
+
+    from featstore_zoo import hifigan
+
+    factor = 1.0 if finite else float("inf")
+
+    def plain(model, batch, generator, adversary=None):
+        judges = sum(weight.sum() for weight in adversary.parameters())
+        return {"mel": model.conv_post.bias.sum() * factor, "discriminator": judges}
+
+    prepared(tmp_path / "run", voices, steps=1, precision="16", ema=0)
+    monkeypatch.setattr(hifigan, "losses", plain)
+    half = Fabric(accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu"))
+    trainer = training.Trainer(half, run.load(tmp_path / "run"), fs.open(voices), 0, None)
+    before = [{n: w.clone() for n, w in side.named_parameters()} for side in (trainer.model, trainer.adversary)]
+    trainer.go(None)
+    for side, old in zip((trainer.model, trainer.adversary), before, strict=True):
+        moved = [name for name, weight in side.named_parameters() if not torch.equal(weight, old[name])]
+        assert bool(moved) is finite
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in trainer.adversary.parameters())
+    assert trainer._scaler.get_scale() == (65536 if finite else 32768)
+
+
+def test_a_device_that_cannot_is_told(voices, tmp_path):
+    prepared(tmp_path / "run", voices, precision="16")
+    for device, error, told in (("cpu", BadRequest, "bf16"), ("cuda:x", BadRequest, "expected cpu, cuda"),
+                                ("tpu", BadRequest, "expected cpu, cuda"), ("mps", CannotLoad, "no MPS")):
+        with pytest.raises(error, match=told):
+            training.train(tmp_path / "run", voices, device=device)
+
+
+def test_a_recipe_trains_the_same_again(voices, tmp_path):
+    store = fs.open(voices)
+    first = prepared(tmp_path / "first", voices, steps=3)
+    again = training.prepare(tmp_path / "again", store, "hifigan", recipe=recipe.read(tmp_path / "first"))
+    assert again.settings == first.settings
+    other = training.prepare(tmp_path / "other", store, "hifigan", fields={"steps": "7"},
+                             recipe=recipe.read(tmp_path / "first" / "recipe.toml"))
+    assert other.settings.training == dict(first.settings.training) | {"steps": 7}
+
+
+@pytest.mark.parametrize(("text", "error", "told"), [
+    ("[model]\nname = 'vocos'", BadRequest, "is for the model vocos, and hifigan was asked for"),
+    ("[training]\nsteps = 'many'", BadRequest, "steps=many: expected something like"),
+    ("[training]\nstep = 1", BadRequest, "no field 'step'.*steps"),
+    ("[features]\nf0 = 'f0:harvest'", fs.errors.IdentityMismatch, "tracker='dio'"),
+    ("[features]\nmel44 = 'log-mel:44k-128'", MissingFeature, "mel44"),
+    ("[features]\nf0 = 3", BadRequest, "lines such as"),
+    ("model = 3", BadRequest, r"expected a table \[model\]"),
+    ("[", BadRequest, "is not TOML"),
+])
+def test_a_recipe_that_does_not_fit_is_told(voices, tmp_path, text, error, told):
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(error, match=told):
+        training.prepare(tmp_path / "run", fs.open(voices), "hifigan", recipe=recipe.read(tmp_path / "r.toml"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_for_another_contract_is_refused_by_its_field(voices, tmp_path):
+    with pytest.raises(ContractMismatch, match=r"sample_rate=44100 was asked for.*sample_rate 24000"):
+        training.prepare(tmp_path / "run", fs.open(voices), "bigvgan:v2-44k-128")
+    with pytest.raises(BadRequest, match="no preset 'v9' of hifigan; there are v1"):
+        training.prepare(tmp_path / "run", fs.open(voices), "hifigan:v9")
+
+
+def test_a_split_that_is_not_there_is_told_before_anything_is_written(voices, tmp_path):
+    with pytest.raises(BadRequest, match="main"):
+        training.prepare(tmp_path / "run", fs.open(voices), "hifigan", split="main")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_average_of_a_young_training_is_that_of_its_own_weights():
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = training.averaged(model, 0.999)
+    with torch.no_grad():
+        for step in range(100):
+            model.weight.fill_(float(step > 10))
+            average.update_parameters(model)
+    assert average.module.weight.item() > 0.99
+
+
+def test_a_card_tells_the_last_validation_beside_griffin_lim(voices, tmp_path):
+    prepared(tmp_path / "run", voices, steps=1)
+    training.train(tmp_path / "run", voices, workers=0)
+    text = card.render(run.load(tmp_path / "run"))
+    assert "1 held-out utterances, the first 0.5 s of each, after 1 steps" in text
+    assert "| metric | this model | Griffin-Lim |" in text and "| log-mel L1 | " in text

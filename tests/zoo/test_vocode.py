@@ -84,7 +84,6 @@ def test_a_store_gives_a_file_for_each_utterance(vocoder, voices, tmp_path):
     assert sorted(path.suffix for path in (tmp_path / "out").rglob("*.*")) == [".flac"] * len(made)
 
 
-@pytest.mark.filterwarnings("ignore:pkg_resources")
 def test_griffin_lim_keeps_the_mel(cache, tmp_path):
     vocode.files([SENTENCE], "griffin-lim", tmp_path / "out.flac")
     wave, rate = sf.read(tmp_path / "out.flac", dtype="float32")

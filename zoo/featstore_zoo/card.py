@@ -57,7 +57,8 @@ def hardware(device: str) -> str:
     import torch
 
     if device.startswith("cuda"):
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+        used = [int(number) for number in (device.partition(":")[2] or "0").split(",")]
+        return f"{len(used)} x {torch.cuda.get_device_name(used[0])}"
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,14 +46,25 @@ def mel_cepstra(wave: Array, sample_rate: int, order: int = CEPSTRA) -> Array:
     The cepstrum of the logarithm of WORLD's spectral envelope (CheapTrick; Morise, 2015), its frequency axis warped by
     an all-pass filter of `warping(sample_rate)` (Oppenheim and Johnson, 1972).
     """
-    import pyworld
-
+    pyworld = world()
     x = np.ascontiguousarray(wave, np.float64)
     f0, times = pyworld.dio(x, sample_rate, frame_period=FRAME_MS)
     envelope = pyworld.cheaptrick(x, pyworld.stonemask(x, f0, times, sample_rate), times, sample_rate)  # power, (T, K)
     cepstrum = np.fft.irfft(np.log(envelope) / 2, axis=1)[:, :envelope.shape[1]]
     cepstrum[:, 1:-1] *= 2  # of a real, even spectrum: both sides together
     return cepstrum @ _warp(envelope.shape[1], order, warping(sample_rate))
+
+
+def world() -> Any:
+    """The package pyworld, imported without the warning it gives. ImportError names the extra."""
+    from featstore_extractors.imports import with_pkg_resources
+
+    with_pkg_resources()
+    try:
+        import pyworld
+    except ImportError:
+        raise ImportError("f0 and spectral envelopes of WORLD need pyworld: pip install 'featstore[signal]'") from None
+    return pyworld
 
 
 @lru_cache(maxsize=16)

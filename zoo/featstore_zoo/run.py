@@ -184,6 +184,13 @@ def create(path: str | Path, settings: Settings) -> Run:
     return Run(root)
 
 
+def retrained(run: Run, **training: Any) -> Run:
+    """The run with other values of how it is trained, written into its recipe.toml."""
+    settings = dataclasses.replace(run.settings, training=dict(run.settings.training) | training)
+    _put_recipe(run.path, settings)
+    return Run(run.path)
+
+
 def save(root: Path, settings: Settings, weights: Mapping[str, Tensor], steps: int) -> None:
     """Put weights into a run folder, and after them the steps they have seen."""
     put_tensors(root / "model.safetensors", weights)

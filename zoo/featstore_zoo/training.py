@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import signal
 import threading
 import time
@@ -31,10 +32,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import featstore as fs
 from featstore.errors import BadRequest, CannotLoad, ContractMismatch, FeatstoreError, nearest
+from featstore.splits import members
 from featstore.torch import loader
 from featstore_extractors.signal import MelContract
 
 from . import run as runs
+from .recipe import Recipe
 from .run import Run
 
 Precision = Literal["32", "bf16", "16"]
@@ -55,7 +58,8 @@ class Training:
     accumulate: batches whose gradients make one update.
     learning_rate: times `decay` every `decay_every` steps; beta1, beta2, weight_decay: of AdamW (1711.05101).
     clip: gradients longer than this are shortened to it, model and discriminators each; 0 leaves them.
-    ema: of the weights that are used and kept: their average over about 1 / (1 - ema) steps; 0 takes them as they are.
+    ema: of the weights that are used and kept: their average over about 1 / (1 - ema) steps, and over fewer while
+        training is young; 0 takes them as they are.
     precision: 32, or bf16 and 16, in which products are computed while weights stay in 32.
     compile: through torch.compile.
     balance: whether speakers or corpora are drawn equally often, whatever they recorded.
@@ -91,6 +95,9 @@ class Training:
         for name in ("steps", "batch", "frames", "accumulate", "decay_every", "validate_every", "save_every", "skips"):
             if getattr(self, name) < 1:
                 raise BadRequest(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.valid_utterances < 0 or self.patience < 0 or self.valid_s <= 0:
+            raise BadRequest(f"valid_utterances {self.valid_utterances} and patience {self.patience} must not be "
+                             f"negative, valid_s {self.valid_s:g} must be above 0")
         if not 0 <= self.ema < 1 or self.clip < 0 or self.learning_rate <= 0 or not 0 < self.decay <= 1:
             raise BadRequest(f"ema {self.ema:g} must be in [0, 1), clip {self.clip:g} not negative, learning_rate "
                              f"{self.learning_rate:g} above 0, decay {self.decay:g} in (0, 1]")
@@ -101,7 +108,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Told:
-    """How far training is. `terms`: losses of the last step; `loader_share`: of the time so far, waiting for data."""
+    """How far training is. `terms`: losses of the last step; `loader_share`: of the time since the first batch was
+    there, how much was waiting for data."""
 
     step: int
     steps: int
@@ -113,7 +121,10 @@ class Told:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended. `interrupted`: by Ctrl-C, everything kept; `early`: for want of a better validation."""
+    """How a training ended. `interrupted`: by Ctrl-C, everything kept; `early`: for want of a better validation.
+
+    terms: losses of the last step; empty where there was nothing left to do.
+    """
 
     step: int
     terms: Mapping[str, float]
@@ -128,8 +139,9 @@ def train(path: str | Path, store: str | Path, *, device: str = "cpu", workers: 
 
     device: "cpu", "cuda", "cuda:0,1" (data parallel), "mps"; "cpu:0,1" are two processes.
     workers: processes that read batches; 0 for none beside this one.
-    resume: go on from checkpoints/last; otherwise a run that has one is refused.
-    steps: other than the run says, as when it is to go on for longer.
+    resume: go on from checkpoints/last, or begin where a run ended before it kept one; without it, a run that has a
+        checkpoint is refused.
+    steps: where to end this time. More than the run says lengthens the run.
 
     Ctrl-C ends the step, keeps a checkpoint and returns with `Outcome.interrupted`.
 
@@ -142,11 +154,13 @@ def train(path: str | Path, store: str | Path, *, device: str = "cpu", workers: 
     if not resume and (opened.path / LAST).exists():
         raise runs.NotARun(f"{path} has been trained already: go on with --resume, or choose another folder (-o)")
     opened.check_store(fs.open(store))
+    if steps is not None and steps > training_of(opened).steps:
+        opened = runs.retrained(opened, steps=steps)
     fabric = _fabric(device, training_of(opened).precision)
     with _left_to_children() if fabric.world_size > 1 else contextlib.nullcontext():
         work = partial(_work, path=str(path), store=str(store), workers=workers, resume=resume, steps=steps,
                        progress=progress)
-        return fabric.launch(work)
+        return Outcome(**fabric.launch(work))
 
 
 @contextlib.contextmanager
@@ -164,7 +178,7 @@ def _left_to_children() -> Iterator[None]:
 
 def prepare(path: str | Path, store: fs.Store, model: str, *, fields: Mapping[str, Any] | None = None,
             names: Mapping[str, str] | None = None, split: str | None = None, init: str | Path | None = None,
-            smoke: bool = False) -> Run:
+            recipe: Recipe | None = None, smoke: bool = False) -> Run:
     """A new run folder for a model on a store, all but its weights.
 
     model: a name in the zoo, with a preset if there is one: "hifigan:v2"; or an import path.
@@ -172,21 +186,25 @@ def prepare(path: str | Path, store: fs.Store, model: str, *, fields: Mapping[st
     names: role -> the feature that plays it, where it is not called like its role: {"log-mel": "mel44"}.
     split: of the store, whose train part is learnt from and whose valid part is validated on; without one, one in
         twenty utterances is held out, at most `valid_utterances`.
-    init: a run whose weights to begin with.
+    init: a run whose weights to begin with; it has the same architecture and mel contract.
+    recipe: what is asked for where the arguments say nothing.
     smoke: twenty steps of a small configuration, to see that everything works.
 
     Raises:
         BadRequest: an unknown field, or a value that makes no sense.
         ContractMismatch: fields that contradict the mel contract of the store's log-mel.
-        MissingFeature: the store lacks what the model reads.
+        MissingFeature, IdentityMismatch: the store lacks what the model reads, or the recipe asks for another.
     """
-    name, _, preset = model.partition(":")
+    asked = recipe or Recipe()
+    name, _, preset = asked.named(model).partition(":")
     package = runs.package_of(name)
-    given = dict(SMOKE if smoke else {}) | dict(fields or {})
+    if package.KIND != "vocoder":
+        raise BadRequest(f"{name} is of kind {package.KIND}: only vocoders can be trained so far")
+    given = dict(SMOKE if smoke else {}) | dict(asked.fields) | dict(fields or {})
     known = {f.name for f in dataclasses.fields(Training)}
-    roles = {"log-mel": "log-mel", "wave": "wave", "f0": "f0"} | dict(names or {})
+    roles = {"log-mel": "log-mel", "wave": "wave", "f0": "f0"} | asked.roles(store) | dict(names or {})
     mel = store.feature(roles["log-mel"])
-    config = _config(package, preset or ("smoke" if smoke else ""), mel,
+    config = _config(package, preset or ("smoke" if smoke and not asked.model else ""), mel,
                      {name: value for name, value in given.items() if name not in known})
     wanted = ["log-mel", "wave", *(["f0"] if getattr(package.Model, "needs_f0", False) else [])]
     reads = {role: (runs.Read(roles[role], store.feature(roles[role]).spec),) for role in wanted}
@@ -194,13 +212,26 @@ def prepare(path: str | Path, store: fs.Store, model: str, *, fields: Mapping[st
     own = getattr(package, "TRAINING", {})
     training = typed(Training, dict(own) | {name: value for name, value in given.items() if name in known})
     record = dataclasses.asdict(training)
+    split = split or asked.split
     if split:
+        for part in ("train", "valid"):
+            members(store, f"{split}/{part}", store.utterances)  # BadRequest where there is none, or nothing in it
         record["split"] = split
     else:
-        record["held_out"] = _held_out(store, training)
+        again = asked.held_out and all(key in store.utterances for key in asked.held_out)
+        record["held_out"] = list(asked.held_out) if again else _held_out(store, training)
+    settings = runs.Settings(name, config, config.contract, reads, "edges", record)
     if init is not None:
-        record["init"] = str(Path(init).resolve())
-    return runs.create(path, runs.Settings(name, config, config.contract, reads, "edges", record))
+        record["init"] = str(_fitting(Path(init), settings).resolve())
+    return runs.create(path, settings)
+
+
+def _fitting(init: Path, settings: runs.Settings) -> Path:
+    """A run whose weights another of these settings can begin with."""
+    first = runs.load(init)
+    first.check_contract(settings.contract, "the store")
+    runs.load_weights(settings.package.Model(settings.config), init / WEIGHTS)
+    return init
 
 
 SMOKE = {"steps": 20, "batch": 2, "validate_every": 20, "save_every": 20, "valid_utterances": 1, "valid_s": 1.0,
@@ -208,17 +239,24 @@ SMOKE = {"steps": 20, "batch": 2, "validate_every": 20, "save_every": 20, "valid
 
 
 def _config(package: ModuleType, preset: str, mel: fs.Feature, fields: Mapping[str, Any]) -> Any:
-    """The model's Config for the contract of the store's log-mel."""
+    """The model's Config for the contract of the store's log-mel, which neither fields nor preset may contradict."""
     held = MelContract.from_settings(mel.spec.settings)
-    if preset:
-        package.Config.preset(preset)  # ValueError names those there are
-    base = dict(package.Config.PRESETS.get(preset, {}))
     contract = {f.name: getattr(held, f.name) for f in dataclasses.fields(MelContract)}
-    for name in contract.keys() & fields.keys():
-        if str(fields[name]) != str(contract[name]):
-            raise ContractMismatch(f"{name}={fields[name]} was asked for, and the store's {mel.name} has {name} "
-                                   f"{contract[name]}: extract another log-mel, or leave it out")
-    return typed(package.Config, contract | base | {n: v for n, v in fields.items() if n not in contract})
+    asked = _preset(package, preset) | dict(fields)
+    for name in (name for name in contract if name in asked):
+        if _read(name, asked[name], contract[name]) != contract[name]:
+            raise ContractMismatch(f"{name}={asked[name]} was asked for, and the store's {mel.name} has {name} "
+                                   f"{contract[name]}: extract another log-mel (--mel NAME names it), or leave it out")
+    return typed(package.Config, contract | {name: value for name, value in asked.items() if name not in contract})
+
+
+def _preset(package: ModuleType, name: str) -> dict[str, Any]:
+    """What a preset changes. BadRequest lists those there are."""
+    known = getattr(package.Config, "PRESETS", {})
+    if name and name not in known:
+        there = ", ".join(known) or "none"
+        raise BadRequest(f"no preset {name!r} of {package.__name__.rpartition('.')[2]}; there are {there}")
+    return dict(known.get(name, {}))
 
 
 def typed(kind: Any, values: Mapping[str, Any]) -> Any:
@@ -240,16 +278,17 @@ def _training_names(kind: Any) -> list[str]:
 
 
 def _read(name: str, value: Any, default: Any) -> Any:
-    """A value given as text, as the type of the field's default: numbers, true and false, lists as JSON."""
-    if not isinstance(value, str) or isinstance(default, str):
-        return value
+    """A value, or the text of one, as the type of the field's default: numbers, true and false, lists as JSON."""
+    wrong = BadRequest(f"{name}={value}: expected something like {json.dumps(default)}")
+    if isinstance(default, str):
+        return str(value)  # precision = 16
     try:
-        found = json.loads(value)
+        found = json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        raise BadRequest(f"{name}={value}: expected something like {json.dumps(default)}") from None
-    fits = {bool: (bool,), int: (int,), float: (int, float), tuple: (list,)}.get(type(default), (object,))
+        raise wrong from None
+    fits = {bool: (bool,), int: (int,), float: (int, float), tuple: (list, tuple)}.get(type(default), (object,))
     if not isinstance(found, fits) or (isinstance(found, bool) and not isinstance(default, bool)):
-        raise BadRequest(f"{name}={value}: expected something like {json.dumps(default)}")
+        raise wrong
     return found
 
 
@@ -261,7 +300,10 @@ def _check_wave(read: runs.Read, config: Any) -> None:
 
 
 def _held_out(store: fs.Store, training: Training) -> list[str]:
-    """Every twentieth utterance by the hash of its key, at most as many as are validated on; of a few, one."""
+    """Every twentieth utterance by the hash of its key, at most as many as are validated on; of a few, one.
+
+    None where none is to be validated on.
+    """
     ranked = sorted(store.utterances, key=lambda key: hashlib.sha256(f"{training.seed} {key}".encode()).digest())
     count = min(max(1, len(ranked) // 20), training.valid_utterances)
     return ranked[:count] if len(ranked) > 1 else []
@@ -275,23 +317,33 @@ def training_of(run: Run) -> Training:
 
 def _fabric(device: str, precision: Precision) -> Fabric:
     kind, _, numbers = device.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or not re.fullmatch(r"(\d+(,\d+)*)?", numbers):
+        raise BadRequest(f"device {device!r}: expected cpu, cuda, cuda:0,1 or mps")
     ids = [int(number) for number in numbers.split(",")] if numbers else [0]
     if kind == "cuda" and not torch.cuda.is_available():
         raise CannotLoad("device cuda: this machine, or this build of torch, has no CUDA; use --device cpu")
-    if kind not in ("cpu", "cuda", "mps"):
-        raise BadRequest(f"device {device!r}: expected cpu, cuda, cuda:0,1 or mps")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise CannotLoad("device mps: this machine, or this build of torch, has no MPS; use --device cpu")
+    if kind == "cpu" and precision == "16":
+        raise BadRequest("precision 16 needs a GPU: on a CPU take bf16 (--precision bf16), or 32")
     devices: Any = len(ids) if kind == "cpu" else ids
     return Fabric(accelerator=kind, devices=devices, strategy="ddp_spawn" if len(ids) > 1 else "auto",
                   precision=FABRIC_PRECISION[precision])
 
 
 def _work(fabric: Fabric, path: str, store: str, workers: int, resume: bool, steps: int | None,
-          progress: Callable[[Told], None] | None) -> Outcome:
-    """One process of a training."""
-    trainer = Trainer(fabric, runs.load(path), fs.open(store), workers, steps)
-    if resume:
+          progress: Callable[[Told], None] | None) -> dict[str, Any]:
+    """One process of a training. The fields of its Outcome: Fabric takes nothing frozen from another process."""
+    run = runs.load(path)
+    trainer = Trainer(fabric, run, fs.open(store), workers, steps)
+    if resume and (run.path / LAST).exists():
         trainer.restore()
-    return trainer.go(progress if fabric.global_rank == 0 else None)
+    elif (run.path / WEIGHTS).exists():
+        raise CannotLoad(f"{path} has weights and no checkpoint to go on from ({LAST}): begin another run with them, "
+                         f"featstore train ... --init {path} -o OTHER")
+    else:
+        trainer.begin()
+    return vars(trainer.go(progress if fabric.global_rank == 0 else None))
 
 
 class Trainee(nn.Module):
@@ -318,11 +370,11 @@ class Trainer:
         self.steps = steps or self.training.steps
         self.package = run.settings.package
         torch.manual_seed(self.training.seed)
-        self.model = self._initial()
+        self.model = run.network()
         adversary = self.package.Adversary(run.settings.config) if hasattr(self.package, "Adversary") else None
         if adversary is not None and not any(True for _ in adversary.parameters()):
             adversary = None
-        self.average = _averaged(self.model, self.training.ema)
+        self.average = averaged(self.model, self.training.ema)
         self.optimisers = {MODEL: self._optimiser(self.model)}
         if adversary is not None:
             self.optimisers[ADVERSARY] = self._optimiser(adversary)
@@ -339,22 +391,33 @@ class Trainer:
         self.best = math.inf
         self._stopping = False
 
+    def begin(self) -> None:
+        """Take the weights of the run that this one is to start from, if there is one."""
+        start = self.run.settings.training.get("init")
+        if start:
+            runs.load_weights(self.model, Path(start) / WEIGHTS)
+
     def restore(self) -> None:
         """Take up where checkpoints/last was written.
 
         Raises:
-            CannotLoad: there is none, or it cannot be read.
+            CannotLoad: it cannot be read, or is of another model.
             PositionMismatch: the store's batches are no longer those it was trained on; what changed is named.
         """
         path = self.run.path / LAST
-        if not path.exists():
-            raise CannotLoad(f"{self.run.path} has no checkpoint to go on from ({path}); leave --resume out to begin")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a truncated or foreign file does
             raise CannotLoad(f"{path} cannot be read ({error}); it may be truncated. Begin again from the weights: "
                              f"featstore train ... --init {self.run.path}") from error
-        self.examples.crops.resume(state["position"])  # PositionMismatch where the store's batches are others now
+        try:
+            self.examples.crops.resume(state["position"])  # PositionMismatch where the store's batches are others now
+            self._fill(state)
+        except (KeyError, RuntimeError) as error:  # what torch raises for names and shapes
+            raise CannotLoad(f"{path} is no checkpoint of this run ({error}): config.json or the file was changed. Put "
+                             "back the one that belongs to it, or begin another run") from error
+
+    def _fill(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state[MODEL])
         if self.adversary is not None:
             self.adversary.load_state_dict(state[ADVERSARY])
@@ -362,15 +425,14 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
-        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
-        if scaler is not None and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+        if self._scaler is not None and state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.unimproved = state["step"], state["best"], state["unimproved"]
 
     def go(self, progress: Callable[[Told], None] | None) -> Outcome:
         from .validation import Log
 
-        begin, waited = time.monotonic(), 0.0
+        begin, waited = 0.0, 0.0
         terms: dict[str, float] = {}
         validated: dict[str, float] = {}
         log = Log(self.run.path) if self.fabric.global_rank == 0 else None
@@ -379,7 +441,9 @@ class Trainer:
             with self._interruptible(), contextlib.closing(batches):
                 while self.step < self.steps and not self._asked_to_stop():
                     tensors, waiting = next(batches)
-                    waited += waiting
+                    if begin:
+                        waited += waiting
+                    begin = begin or time.monotonic()  # the first batch waits for processes to start
                     terms = self._update(tensors)
                     self.step += 1
                     elapsed = time.monotonic() - begin
@@ -401,16 +465,20 @@ class Trainer:
             if log is not None:
                 log.close()
 
+    @property
+    def _scaler(self) -> Any:
+        """What keeps the gradients of precision 16 within its range; None in others."""
+        return getattr(self.fabric.strategy.precision, "scaler", None)
+
     def save(self) -> None:
         """Put a checkpoint and the weights to use in place, each in one step."""
         if self.fabric.global_rank:
             return
-        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         position = self.examples.crops.position(self.step * self.training.accumulate)
         state = {MODEL: self.model.state_dict(), "optimisers": {n: o.state_dict() for n, o in self.optimisers.items()},
                  ADVERSARY: self.adversary.state_dict() if self.adversary is not None else {},
                  "average": self.average.state_dict() if self.average is not None else {},
-                 "scaler": scaler.state_dict() if scaler is not None else {}, "position": position,
+                 "scaler": self._scaler.state_dict() if self._scaler is not None else {}, "position": position,
                  "step": self.step, "best": self.best, "unimproved": self.unimproved}
         runs.put_state(self.run.path / LAST, state)
         runs.save(self.run.path, self.run.settings, self.used.state_dict(), self.step)
@@ -419,14 +487,6 @@ class Trainer:
     def used(self) -> nn.Module:
         """The model with the weights that are to be used: the averaged ones, where there are."""
         return self.average.module if self.average is not None else self.model
-
-    def _initial(self) -> nn.Module:
-        """A fresh model, or one with the weights of the run it is to start from."""
-        model = self.run.network()
-        start = self.run.settings.training.get("init")
-        if start:
-            runs.load_weights(model, Path(start) / "model.safetensors")
-        return model
 
     def _optimiser(self, module: nn.Module) -> torch.optim.Optimizer:
         t = self.training
@@ -467,14 +527,22 @@ class Trainer:
         return {name: float(value) for name, value in terms.items()}
 
     def _step_optimisers(self) -> None:
-        """Update weights and their average, unless a gradient is not finite: then all stay as they are."""
+        """Update weights and their average, unless a gradient is not finite: then all stay as they are.
+
+        The scaler of precision 16 belongs to all optimisers and is updated once, after them: its own way for each would
+        take the scale out of the gradients of the second one twice.
+        """
         norms: list[Any] = [self.fabric.clip_gradients(self.trainee, optimiser, error_if_nonfinite=False,
                                                        max_norm=self.training.clip or math.inf)
                             for optimiser in self.optimisers.values()]
         finite = all(math.isfinite(float(norm)) for norm in norms if norm is not None)
-        if finite or self.training.precision == "16":  # the scaler leaves such a step out itself, and lowers its scale
-            for optimiser in self.optimisers.values():
+        for optimiser in self.optimisers.values() if finite else ():
+            if self._scaler is not None:
+                self._scaler.step(_unwrapped(optimiser))
+            else:
                 optimiser.step()
+        if self._scaler is not None:
+            self._scaler.update()  # lower, where a gradient was infinite
         if finite:
             self.skipped = 0
             if self.average is not None:
@@ -496,8 +564,9 @@ class Trainer:
             if found["score"] < self.best:
                 runs.put_tensors(self.run.path / BEST, self.used.state_dict())
         score = float(self.fabric.broadcast(found.get("score", math.nan)))
-        self.unimproved = 0 if score < self.best else self.unimproved + 1
-        self.best = min(self.best, score)
+        if math.isfinite(score):  # NaN where nothing is held out
+            self.unimproved = 0 if score < self.best else self.unimproved + 1
+            self.best = min(self.best, score)
         return found
 
     def _asked_to_stop(self) -> bool:
@@ -527,6 +596,7 @@ class Trainer:
 
 
 LAST, BEST = Path("checkpoints/last/state.pt"), Path("checkpoints/best/model.safetensors")
+WEIGHTS = "model.safetensors"
 
 
 class Examples:
@@ -558,10 +628,22 @@ class Examples:
         return {self._roles.get(name, name): value for name, value in batch.items()}
 
 
-def _averaged(model: nn.Module, ema: float) -> AveragedModel | None:
-    if not ema:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+def averaged(model: nn.Module, ema: float) -> AveragedModel | None:
+    """A copy of a model whose weights follow it as an exponential average; None for an ema of 0.
+
+    The n-th update keeps min(ema, (1 + n) / (10 + n)) of the average: a short training is not held at random weights.
+    """
+    def follow(averages: Any, weights: Any, count: Any) -> None:
+        n = float(count)
+        get_ema_multi_avg_fn(min(ema, (1 + n) / (10 + n)))(averages, weights, count)
+
+    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True) if ema else None
+
+
+def _unwrapped(optimiser: Any) -> torch.optim.Optimizer:
+    """The optimiser that Fabric wrapped."""
+    found: torch.optim.Optimizer = optimiser.optimizer
+    return found
 
 
 def _seed(*parts: int) -> int:

@@ -18,14 +18,16 @@ from torch import nn
 
 from featstore_extractors.signal import LogMel, MelContract
 
-from . import metrics
+from . import card, metrics
 from .run import Run
-from .vocode import synthesise
+from .vocode import griffin_lim, synthesise
 
 if TYPE_CHECKING:
     from .training import Examples
 
 Array = np.ndarray
+BASELINE = "Griffin-Lim"
+PICTURES = 4  # utterances of which sounds and pictures are kept
 
 
 class Log:
@@ -65,26 +67,54 @@ def validate(run: Run, model: nn.Module, examples: Examples, step: int, log: Log
     """Metrics of a vocoder over the held-out utterances, each a mean; "score" is what is to be least.
 
     The score is the mean absolute difference of log-mels, which every vocoder has; where nothing is held out, NaN.
+    The means go to the model card, beside those of Griffin and Lim's algorithm on the same utterances.
     """
     contract, training = run.settings.contract, run.settings.training
-    found: dict[str, list[float]] = {}
+    found = []
     was_training = model.training
     model.eval()
     try:
-        for number, key in enumerate(list(examples.held_out)[:int(training.get("valid_utterances", 8))]):
-            frames = min(examples.held_out.length(key), int(training.get("valid_s", 8.0) * contract.frame_rate))
-            parts = examples.named(examples.held_out.crop(key, start=0, frames=frames))
+        for number, (key, parts) in enumerate(_held_out(run, examples).items()):
             made = synthesise(model, parts["log-mel"], parts.get("f0"), seed=int(training.get("seed", 0)))
-            for name, value in compare(parts["wave"], made, contract).items():
-                found.setdefault(name, []).append(value)
-            if number < 4:
+            found.append(compare(parts["wave"], made, contract))
+            if number < PICTURES:
                 log.sample(step, key, parts["wave"], made, contract)
     finally:
         model.train(was_training)
-    means = {name: float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-             for name, values in found.items()}
+    means = _means(found)
+    if found:
+        _tell_card(run, examples, step, means)
     log.scalars(step, means, "valid")
     return means | {"score": means.get("log-mel L1", math.nan)}
+
+
+def _held_out(run: Run, examples: Examples) -> dict[str, dict[str, Array]]:
+    """Key -> features by role of the utterances to validate on, each cut to `valid_s`."""
+    training, view = run.settings.training, examples.held_out
+    most = int(training.get("valid_s", 8.0) * run.settings.contract.frame_rate)
+    keys = list(view)[:int(training.get("valid_utterances", 8))]
+    return {key: examples.named(view.crop(key, start=0, frames=min(view.length(key), most))) for key in keys}
+
+
+def _means(found: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the utterances for which it is a number."""
+    each = {name: np.array([values[name] for values in found]) for name in (found[0] if found else ())}
+    return {name: float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else math.nan
+            for name, values in each.items()}
+
+
+def _tell_card(run: Run, examples: Examples, step: int, means: Mapping[str, float]) -> None:
+    """Note the evaluation for the model card. The baseline does not change, and is made once."""
+    held_out = _held_out(run, examples)
+    before = card.facts(run).get("evaluation", {}).get("systems", {}).get(BASELINE)
+    baseline = before or _means([compare(parts["wave"], griffin_lim(parts["log-mel"], run.settings.contract),
+                                         run.settings.contract) for parts in held_out.values()])
+    seconds = float(run.settings.training.get("valid_s", 8.0))
+    of = f"Means over {len(held_out)} held-out utterances, the first {seconds:g} s of each, after {step:,} steps"
+    systems = {"this model": means, BASELINE: baseline}
+    card.note(run, evaluation={"of": of, "systems": {
+        system: {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+        for system, values in systems.items()}})  # JSON has no NaN
 
 
 def compare(reference: Array, made: Array, contract: MelContract) -> dict[str, float]:
@@ -111,8 +141,7 @@ def log_mel_l1(reference: Array, made: Array, contract: MelContract) -> float:
 
 def f0_of(wave: Array, sample_rate: int) -> Array:
     """f0 (T,) in Hz every 5 ms by WORLD's DIO and StoneMask: quick, and the same for both of a pair."""
-    import pyworld
-
+    pyworld = metrics.world()
     x = np.ascontiguousarray(wave, np.float64)
     f0, times = pyworld.dio(x, sample_rate)
     return np.asarray(pyworld.stonemask(x, f0, times, sample_rate))

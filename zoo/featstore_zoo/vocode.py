@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ Precision = Literal["32", "bf16", "16"]
 CHUNK = 512           # frames rendered at a time: some 5 s, so that the context on either side is little beside them
 GRIFFIN_LIM = "griffin-lim"
 ROUNDS = 60           # of Griffin and Lim's iteration
+GRIFFIN_LIM_FRAMES = 3000  # made at once: some 30 s, 100 MB
+GRIFFIN_LIM_FADE = 16      # frames over which one piece fades into the next
 FORMATS = ("wav", "flac")
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -69,23 +73,44 @@ def stream(model: nn.Module, log_mel: Array, f0: Array | None = None, *, seed: i
     pitch = None if f0 is None or not vocoder.needs_f0 else torch.from_numpy(np.ascontiguousarray(f0, np.float32))[None]
     left, right = vocoder.receptive_field
     hop, frames = vocoder.hop_length, len(log_mel)
-    with torch.inference_mode(), _autocast(device, precision):
-        vocoder.check(mel, pitch, _generator(seed))
-        for start in range(0, frames, chunk):
-            stop = min(start + chunk, frames)
-            begin, end = max(0, start - left), min(frames, stop + right)
+    vocoder.check(mel, pitch, _generator(seed))
+    for start in range(0, frames, chunk):
+        stop = min(start + chunk, frames)
+        begin, end = max(0, start - left), min(frames, stop + right)
+        with torch.inference_mode(), _autocast(device, precision):  # not around `yield`: it would be the caller's too
             source = vocoder.source(mel, pitch, _generator(seed), (begin, end))
             wave = vocoder.render(mel[:, begin:end].to(device), None if source is None else source.to(device))[0]
-            yield wave[(start - begin) * hop:(stop - begin) * hop].float().cpu().numpy()
+            piece = wave[(start - begin) * hop:(stop - begin) * hop].float().cpu().numpy()
+        yield piece
 
 
 def griffin_lim(log_mel: Array, contract: MelContract, *, seed: int = 0, rounds: int = ROUNDS) -> Array:
     """Waveform (T hop,) from a log-mel (T, n_mels) without any network: magnitudes by the filters' pseudo-inverse,
     phases by the fast iteration of Perraudin, Balazs and Søndergaard (2013) after Griffin and Lim (1984).
 
-    Whole, in memory of some 30 kB a frame; what it cannot know, the phase, makes it sound hollow. It is here to compare
-    with, and to hear features before any vocoder is trained.
+    What it cannot know, the phase, makes it sound hollow. It is here to compare with, and to hear features before any
+    vocoder is trained.
     """
+    return np.concatenate(list(_griffin_lim(log_mel, contract, seed, rounds)))
+
+
+def _griffin_lim(log_mel: Array, contract: MelContract, seed: int, rounds: int = ROUNDS) -> Iterator[Array]:
+    """Pieces of the waveform. Up to `GRIFFIN_LIM_FRAMES` are made at once, at some 30 kB each; what is longer fades
+    from one piece into the next, whose phases know nothing of each other."""
+    hop, size, overlap = contract.hop_length, GRIFFIN_LIM_FRAMES, GRIFFIN_LIM_FADE
+    rise = (np.arange(overlap * hop, dtype=np.float32) + 0.5) / (overlap * hop)
+    before = np.zeros(0, np.float32)
+    for start in range(0, len(log_mel), size - overlap):
+        last = start + size >= len(log_mel)
+        wave = _phases_found(log_mel[start:start + size], contract, seed, rounds)
+        wave[:len(before)] = wave[:len(before)] * rise[:len(before)] + before * (1 - rise[:len(before)])
+        yield wave if last else wave[:(size - overlap) * hop]
+        if last:
+            return
+        before = wave[(size - overlap) * hop:]
+
+
+def _phases_found(log_mel: Array, contract: MelContract, seed: int, rounds: int) -> Array:
     import librosa
 
     base = math.e if contract.log_base == "e" else 10.0
@@ -104,8 +129,12 @@ def griffin_lim(log_mel: Array, contract: MelContract, *, seed: int = 0, rounds:
 
 def on(model: nn.Module, device: str, *, fold: bool = True, compiled: bool = False) -> nn.Module:
     """A vocoder made ready for inference: weight norm put into the weights, on a device, compiled if asked for."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise CannotLoad("device cuda: this machine, or this build of torch, has no CUDA; use --device cpu")
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise BadRequest(f"device {device!r}: expected cpu, cuda, cuda:1 or mps")
+    if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[kind]:
+        raise CannotLoad(f"device {device}: this machine, or this build of torch, has no {kind.upper()}; use "
+                         "--device cpu")
     ready: Any = model.eval()
     if fold:
         ready.fold()
@@ -229,9 +258,9 @@ def _places(jobs: Sequence[_Job], out: Path, form: str | None) -> list[Path]:
             raise BadRequest(f"{out} is one file and {len(jobs)} utterances were found: name a folder")
         return [out]
     places = [out / f"{_safe(job.title)}.{form or 'wav'}" for job in jobs]
-    twice = next((place for place in places if places.count(place) > 1), None) if len(places) < 5000 else None
-    if twice is not None:
-        raise BadRequest(f"two utterances would be written to {twice}: vocode them into two folders")
+    twice, count = Counter(places).most_common(1)[0]
+    if count > 1:
+        raise BadRequest(f"{count} utterances would be written to {twice}: vocode them into folders of their own")
     return places
 
 
@@ -243,15 +272,13 @@ def _safe(key: str) -> Path:
 
 def _one(job: _Job, run: Run | None, model: nn.Module | None, place: Path, seed: int, chunk: int,
          precision: Precision) -> Made:
-    import time
-
     begin = time.monotonic()
     contract = job.contract
     if run is not None:
         check_contract(run.settings.contract, str(run.path), contract, f"{job.store.path}")
     parts = _parts(job)
     if model is None:
-        pieces: Iterator[Array] = iter([griffin_lim(parts["log-mel"], contract, seed=seed)])
+        pieces = _griffin_lim(parts["log-mel"], contract, seed)
     else:
         pieces = stream(model, parts["log-mel"], parts.get("f0"), seed=seed, chunk=chunk, precision=precision)
     samples = write_audio(place, pieces, contract.sample_rate)
