@@ -22,6 +22,7 @@ TABLE: dict[str, str] = {
     "apnet": "featstore_zoo.apnet",
     "vocos": "featstore_zoo.vocos",
     "diffwave": "featstore_zoo.diffwave",
+    "diffwavenet_svc": "featstore_zoo.diffwavenet_svc",
 }
 
 

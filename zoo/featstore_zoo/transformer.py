@@ -1,0 +1,180 @@
+"""Transformers over frames: relative positions (VITS, TransformerSVC, CoMoSVC), torch's own, and a small conformer.
+
+All take (B, C, T) or (B, T, C) as said, and a mask (B, T) that is True on frames that count; what they give for those
+does not depend on the others. Names of weights in `RelativeTransformer` are those of Glow-TTS' and VITS' code.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Conformer", "PlainTransformer", "RelativeTransformer", "positions"]
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels of (B, C, T)."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.ones(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.transpose(1, 2), (x.shape[1],), self.gamma, self.beta, self.eps).transpose(1, 2)
+
+
+class RelativeAttention(nn.Module):
+    """Self-attention that knows how far apart frames are, up to `window` of them (Shaw et al., arXiv 1803.02155)."""
+
+    def __init__(self, channels: int, heads: int, window: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.window, self.dropout = heads, window, dropout
+        size = channels // heads
+        self.conv_q, self.conv_k, self.conv_v, self.conv_o = (nn.Conv1d(channels, channels, 1) for _ in range(4))
+        self.emb_rel_k = nn.Parameter(torch.randn(1, 2 * window + 1, size) * size**-0.5)  # shared by all heads
+        self.emb_rel_v = nn.Parameter(torch.randn(1, 2 * window + 1, size) * size**-0.5)
+        for layer in (self.conv_q, self.conv_k, self.conv_v):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (layer(x).unflatten(1, (self.heads, -1)).transpose(2, 3)  # (B, H, T, C / H)
+                   for layer in (self.conv_q, self.conv_k, self.conv_v))
+        q = q / math.sqrt(q.shape[-1])
+        frames, reach = x.shape[2], self.window
+        here = torch.arange(frames, device=x.device)
+        apart = here - here[:, None]  # (T, T), of the key from the query
+        near = (apart + reach).clamp(0, 2 * reach).expand(*q.shape[:2], frames, frames)
+        scores = q @ k.transpose(2, 3)
+        by_distance = (q @ self.emb_rel_k.transpose(1, 2)).gather(3, near)
+        scores = scores + by_distance.masked_fill(apart.abs() > reach, 0)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], -math.inf)
+        weights = F.dropout(scores.softmax(3), self.dropout, self.training)
+        places = here[:, None] + torch.arange(-reach, reach + 1, device=x.device)  # (T, 2 window + 1)
+        inside = (places >= 0) & (places < frames)
+        band = weights.gather(3, places.clamp(0, frames - 1).expand(*q.shape[:2], -1, -1)) * inside
+        return self.conv_o((weights @ v + band @ self.emb_rel_v).transpose(2, 3).flatten(1, 2))
+
+
+class FeedForward(nn.Module):
+    """Two convolutions over frames with a ReLU between."""
+
+    def __init__(self, channels: int, hidden: int, kernel: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.conv_1 = nn.Conv1d(channels, hidden, kernel, padding="same")
+        self.conv_2 = nn.Conv1d(hidden, channels, kernel, padding="same")
+
+    def forward(self, x: Tensor, keep: Tensor | float) -> Tensor:
+        x = F.dropout(self.conv_1(x * keep).relu(), self.dropout, self.training)
+        return self.conv_2(x * keep) * keep
+
+
+class RelativeTransformer(nn.Module):
+    """The text encoder of Glow-TTS (Kim et al., arXiv 2005.11129) over frames: (B, C, T) and mask (B, T) to (B, C, T).
+
+    Norms come after the residual sums; `eps` of them is 1e-4 in TransformerSVC and 1e-5 in VITS.
+    """
+
+    def __init__(self, channels: int, hidden: int, heads: int, layers: int, kernel: int = 3, dropout: float = 0.1,
+                 window: int = 4, eps: float = 1e-5) -> None:
+        super().__init__()
+        check(channels, heads, layers)
+        self.dropout = dropout
+        self.attn_layers = nn.ModuleList(RelativeAttention(channels, heads, window, dropout) for _ in range(layers))
+        self.norm_layers_1 = nn.ModuleList(ChannelNorm(channels, eps) for _ in range(layers))
+        self.ffn_layers = nn.ModuleList(FeedForward(channels, hidden, kernel, dropout) for _ in range(layers))
+        self.norm_layers_2 = nn.ModuleList(ChannelNorm(channels, eps) for _ in range(layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        keep = 1.0 if mask is None else mask[:, None].to(x.dtype)
+        x = x * keep
+        for attend, norm_1, feed, norm_2 in zip(self.attn_layers, self.norm_layers_1, self.ffn_layers,
+                                                self.norm_layers_2, strict=True):
+            x = norm_1(x + F.dropout(attend(x, mask), self.dropout, self.training))
+            x = norm_2(x + F.dropout(feed(x, keep), self.dropout, self.training))
+        return x * keep
+
+
+class PlainTransformer(nn.Module):
+    """torch's encoder with sinusoids for positions: (B, T, C) and mask (B, T) to (B, T, C); norms after the sums."""
+
+    def __init__(self, channels: int, hidden: int, heads: int, layers: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        check(channels, heads, layers)
+        self.dropout = dropout
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(channels, heads, hidden, dropout, batch_first=True)
+                                    for _ in range(layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = F.dropout(x + positions(x), self.dropout, self.training)
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=None if mask is None else ~mask)
+        return x
+
+
+class ConformerLayer(nn.Module):
+    """Half a feed-forward, attention, a depthwise convolution, half a feed-forward (Gulati et al., 2005.08100)."""
+
+    def __init__(self, channels: int, hidden: int, heads: int, kernel: int, dropout: float) -> None:
+        super().__init__()
+        self.before, self.behind = (nn.Sequential(
+            nn.LayerNorm(channels), nn.Linear(channels, hidden), nn.SiLU(), nn.Dropout(dropout),
+            nn.Linear(hidden, channels), nn.Dropout(dropout)) for _ in range(2))
+        self.attention_norm = nn.LayerNorm(channels)
+        self.attention = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
+        self.conv_norm = nn.LayerNorm(channels)
+        self.widen = nn.Linear(channels, 2 * channels)
+        self.depthwise = nn.Conv1d(channels, channels, kernel, padding="same", groups=channels)
+        self.inner_norm = nn.LayerNorm(channels)  # where the paper has batch norm, which other items of a batch move
+        self.narrow = nn.Linear(channels, channels)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.before(x) / 2
+        y = self.attention_norm(x)
+        x = x + self.attention(y, y, y, None if mask is None else ~mask, need_weights=False)[0]
+        y = F.glu(self.widen(self.conv_norm(x)))
+        y = y if mask is None else y * mask[..., None]
+        y = self.depthwise(y.transpose(1, 2)).transpose(1, 2)
+        x = x + self.narrow(F.silu(self.inner_norm(y)))
+        return self.norm(x + self.behind(x) / 2)
+
+
+class Conformer(nn.Module):
+    """A small conformer with sinusoids for positions: (B, T, C) and mask (B, T) to (B, T, C).
+
+    In the sizes of Amphion's option; its weights, which are torchaudio's with batch norm, are not read.
+    """
+
+    def __init__(self, channels: int, layers: int, hidden: int = 256, heads: int = 2, kernel: int = 3,
+                 dropout: float = 0.1) -> None:
+        super().__init__()
+        check(channels, heads, layers)
+        self.layers = nn.ModuleList(ConformerLayer(channels, hidden, heads, kernel, dropout) for _ in range(layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + positions(x)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+def positions(x: Tensor) -> Tensor:
+    """Sinusoids (T, C) for x (B, T, C), sine and cosine in turns (Vaswani et al., arXiv 1706.03762, 3.5)."""
+    frames, channels = x.shape[1:]
+    rates = torch.exp(torch.arange(0, channels, 2, device=x.device) * (-math.log(10000.0) / channels))
+    phase = torch.arange(frames, device=x.device)[:, None] * rates
+    return torch.stack([phase.sin(), phase.cos()], 2).flatten(1)[:, :channels].to(x.dtype)
+
+
+def check(channels: int, heads: int, layers: int) -> None:
+    """Raises ValueError unless heads divide the channels and there are layers."""
+    if layers < 1 or heads < 1 or channels % heads:
+        raise ValueError(f"{channels} channels, {heads} heads, {layers} layers: expected at least one layer, and heads "
+                         "that divide the channels")
