@@ -14,6 +14,9 @@ HEARD = {"content": (("whisper", 12), ("spin", 10)), "width": 24, "singers": 8}
 SMALL: dict[str, dict[str, Any]] = {
     "diffwavenet_svc": CONTRACT | HEARD | {"channels": 16, "layers": 5, "step_dim": 16, "step_hidden": 24,
                                            "sampling_steps": 3},
+    "transformer_svc": CONTRACT | HEARD | {"layers": 2, "hidden": 16},
+    "como_svc": CONTRACT | HEARD | {"encoder_layers": 2, "hidden": 16, "channels": 16, "layers": 4, "step_dim": 16,
+                                    "step_hidden": 24, "sampling_steps": 3},
 }
 
 

@@ -1,10 +1,12 @@
 """Acoustic models give Amphion's numbers on Amphion's weights (seeded random ones, fp32 on a CPU)."""
 
+import acoustics
 import pytest
 import torch
 import vocoders
 
-from featstore_zoo.acoustic import AcousticConfig
+from featstore_zoo import como_svc, diffusion, transformer_svc
+from featstore_zoo.acoustic import AcousticConfig, gaussian_nll, masked_mean
 from featstore_zoo.conditioner import Conditioner
 from featstore_zoo.diffusion import Denoiser
 
@@ -33,6 +35,56 @@ def test_diffwavenet_equals_the_reference(models):
         torch.testing.assert_close(model.diff_encoder(given["t"]), expected["step_embedding"], **TOLERANCE)
         torch.testing.assert_close(model(given["x"], given["t"], told), expected["y"], **TOLERANCE)
         torch.testing.assert_close(model(given["x"], given["t_frac"], told), expected["y_frac"], **TOLERANCE)
+
+
+def test_transformer_equals_the_reference_with_and_without_its_defect(models):
+    weights, given, expected = vocoders.reference(models / "transformersvc_transformer.safetensors",
+                                                  lambda name: None if name == "pos_encoder.pe" else name)
+    config = {"width": 24, "hidden": 2048, "layers": 3, "n_mels": 20}
+    for variant in ("plain-unmasked", "plain"):
+        mapper = transformer_svc.Model(transformer_svc.Config(**config, variant=variant)).acoustic_mapper.eval()
+        mapper.load_state_dict(weights)
+        with torch.no_grad():
+            made = mapper(given["x"], given["mask"][..., 0] > 0)
+        whole = given["mask"].all(1).flatten()  # items without padding, for which both are right
+        rows = slice(None) if variant == "plain-unmasked" else whole
+        assert whole.any() and not whole.all()
+        torch.testing.assert_close(made[rows], expected["y"][rows], **TOLERANCE)
+
+
+def test_como_equals_the_reference(models):
+    weights, given, expected = vocoders.reference(models / "comosvc.safetensors")
+    mask, noise, mel = given["mask"][..., 0] > 0, given["latents"].transpose(1, 2), given["mel"]
+    sizes = acoustics.CONTRACT | {"width": 24, "hidden": 32, "encoder_layers": 2, "channels": 32, "layers": 4,
+                                  "step_dim": 16, "step_hidden": 48}
+    student = como_svc.Model(como_svc.Config(**sizes, stage="student", sampling_steps=1)).acoustic_mapper.eval()
+    student.load_state_dict(weights)
+    found = {}
+    with torch.no_grad():
+        mean = student.encoder(given["cond"], mask)
+        told = student.decoder.denoise_fn.tell(mean)
+        found["mu_x"] = mean
+        found["D_x"] = student.decoder.denoise(student.decoder.denoise_fn, noise, given["sigma"].flatten(), told, None)
+        found["ct_sample_1"] = student.decoder.solve(mean, None, noise)
+        for steps in (5, 40):  # which the reference counts from 0
+            config = como_svc.Config(**sizes, sampling_steps=steps + 1)
+            teacher = como_svc.Model(config).acoustic_mapper.eval()
+            teacher.load_state_dict({k: v for k, v in weights.items() if "_ema" not in k and "_pretrained" not in k})
+            found[f"edm_sample_{steps}"] = teacher.decoder.solve(mean, None, noise)
+        # The reference hides padding from the losses, not from the network, and divides the prior by the bands twice.
+        error = teacher.decoder.teacher_error(mel, mean, None, given["rnd_normal"].flatten(), noise)
+        losses = {"edm_loss": masked_mean(error, mask), "prior_loss": gaussian_nll(mel, mean, mask) / 20}
+    for name, value in (found | losses).items():
+        ours = value.transpose(1, 2) if value.ndim else value
+        torch.testing.assert_close(ours, expected[name], **TOLERANCE, msg=lambda told, name=name: f"{name}: {told}")
+
+
+def test_levels_of_noise_are_the_reference_s(models):
+    _, _, expected = vocoders.reference(models / "comosvc.safetensors")
+    rising = [0.0, *diffusion.karras_sigmas(40, 0.002, 80.0, 7.0)[::-1]]
+    torch.testing.assert_close(torch.tensor(rising), expected["t_steps"], **TOLERANCE)
+    falling = diffusion.karras_sigmas(5, 0.002, 80.0, 7.0)
+    torch.testing.assert_close(torch.tensor(falling), expected["ct_t_steps_4"], **TOLERANCE)
 
 
 def test_condition_equals_the_reference(models):

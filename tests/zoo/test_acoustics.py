@@ -11,6 +11,8 @@ import torch
 import featstore_zoo
 from featstore.errors import ContractMismatch, LengthMismatch, MissingFeature
 from featstore_zoo import find
+from featstore_zoo.acoustic import ssim_distance
+from featstore_zoo.transformer import RelativeAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +20,15 @@ NAMES = list(acoustics.SMALL)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # fp32 sums in another order
 
 # Amphion's table: whisper of 1024, contentvec of 256, 100 mels.
-COUNTS = {("diffwavenet_svc", "amphion"): 31_174_627, ("diffwavenet_svc", "amphion-large"): 100_694_628 + 886_527}
+CONDITION = 886_527
+COUNTS = {
+    ("diffwavenet_svc", "amphion"): 31_174_627,
+    ("diffwavenet_svc", "amphion-large"): 100_694_628 + CONDITION,
+    ("transformer_svc", "amphion"): 10_699_876 + CONDITION,
+    ("transformer_svc", "amphion-plain"): 13_934_179,  # 13.05 M and the condition in the table
+    ("como_svc", "amphion"): 37_512_263,
+    ("como_svc", "amphion-student"): 89_363_983,
+}
 
 
 @pytest.fixture(params=NAMES)
@@ -116,3 +126,82 @@ def test_wrong_input_is_refused_by_name(model):
         model(batch | {"loudness": torch.zeros(2, 7)}, seeded())
     with pytest.raises(ContractMismatch, match="n_mels=20"):
         package.losses(model, batch | {"log-mel": torch.zeros(2, 8, 80)}, seeded())
+
+
+# --- what single families keep
+
+
+def test_a_student_begins_as_its_teacher_and_its_target_follows():
+    package = find("como_svc")
+    teacher, student = acoustics.small("como_svc"), acoustics.small("como_svc", stage="student", sampling_steps=1)
+    student.learn_from(teacher)
+    decoder, batch = student.acoustic_mapper.decoder, acoustics.batch_for(student.config, 12)
+    for other in (decoder.denoise_fn, decoder.denoise_fn_ema, decoder.denoise_fn_pretrained):
+        for name, weight in teacher.acoustic_mapper.decoder.denoise_fn.state_dict().items():
+            assert torch.equal(other.state_dict()[name], weight)
+    student.train()
+    optimiser = torch.optim.SGD([w for w in student.parameters() if w.requires_grad], 0.1)
+    package.losses(student, batch, seeded())["consistency"].backward()
+    still = [name for name, w in student.named_parameters() if w.requires_grad and not w.grad.any()]
+    optimiser.step()
+    package.losses(student, batch, seeded())
+    nets = [n.state_dict()["neural_network.input.0.weight"]
+            for n in (decoder.denoise_fn_pretrained, decoder.denoise_fn_ema, decoder.denoise_fn)]
+    assert not still
+    torch.testing.assert_close(nets[1], 0.95 * nets[0] + 0.05 * nets[2])
+    assert not torch.equal(nets[0], nets[2])
+    with pytest.raises(ValueError, match="a teacher cannot learn from a teacher"):
+        teacher.learn_from(teacher)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_student_takes_any_number_of_steps(steps):
+    student = acoustics.small("como_svc", stage="student", sampling_steps=steps)
+    with torch.no_grad():
+        made = student(acoustics.batch_for(student.config, 9), seeded())
+    assert made.shape == (2, 9, 20) and made.isfinite().all()
+
+
+def test_plain_transformers_differ_in_padding_alone():
+    right = acoustics.small("transformer_svc", variant="plain")
+    wrong = acoustics.small("transformer_svc", variant="plain-unmasked")
+    batch = acoustics.batch_for(right.config, 14) | {"lengths": torch.tensor([14, 6])}
+    alone = acoustics.cut(batch, 1, 6, 16)
+    del alone["lengths"]
+    with torch.no_grad():
+        torch.testing.assert_close(right(batch)[0], wrong(batch)[0])
+        torch.testing.assert_close(right(batch)[1, :6], right(alone)[0], **CLOSE)
+        assert not torch.allclose(wrong(batch)[1, :6], wrong(alone)[0], atol=1e-3)
+
+
+def test_relative_attention_knows_distance_and_not_place():
+    torch.manual_seed(0)
+    attention = RelativeAttention(8, 2, 4, 0.0)
+    x = torch.zeros(1, 8, 40)
+    x[..., 20] = 1
+    moved = torch.roll(x, 5, 2)
+    a, b = (attention(y, None).detach() for y in (x, moved))
+    torch.testing.assert_close(a[..., 10:30], b[..., 15:35])
+    assert not torch.allclose(a[..., 21], a[..., 19])  # before and behind are not the same
+
+
+def test_ssim_is_nothing_for_equal_mels_and_does_not_see_padding():
+    mel = torch.rand(2, 20, 20, generator=seeded()) * 2 - 1
+    mask = torch.arange(20) < torch.tensor([[20], [12]])
+    assert ssim_distance(mel, mel, mask).abs() < 1e-5
+    other = mel.flip(1)
+    harmed = other.clone()
+    harmed[1, 12:] = 9
+    torch.testing.assert_close(ssim_distance(harmed, mel, mask), ssim_distance(other, mel, mask))
+    assert ssim_distance(other, mel, mask) > 0.1
+
+
+def test_the_range_of_log_mels_becomes_one():
+    model = acoustics.small("transformer_svc")
+    low, high = torch.full((20,), -9.0), torch.arange(20.0)
+    model.set_range(low, high)
+    mel = torch.stack([low, high])[None]
+    torch.testing.assert_close(model.scaled(mel)[0], torch.tensor([[-1.0] * 20, [1.0] * 20]))
+    torch.testing.assert_close(model.unscaled(model.scaled(mel)), mel)
+    with pytest.raises(ValueError, match="are the recordings silent"):
+        model.set_range(high, high)

@@ -23,6 +23,8 @@ TABLE: dict[str, str] = {
     "vocos": "featstore_zoo.vocos",
     "diffwave": "featstore_zoo.diffwave",
     "diffwavenet_svc": "featstore_zoo.diffwavenet_svc",
+    "transformer_svc": "featstore_zoo.transformer_svc",
+    "como_svc": "featstore_zoo.como_svc",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Conformer", "PlainTransformer", "RelativeTransformer", "positions"]
+__all__ = ["Conformer", "PlainTransformer", "RelativeMapper", "RelativeTransformer", "positions"]
 
 
 class ChannelNorm(nn.Module):
@@ -99,6 +99,20 @@ class RelativeTransformer(nn.Module):
             x = norm_1(x + F.dropout(attend(x, mask), self.dropout, self.training))
             x = norm_2(x + F.dropout(feed(x, keep), self.dropout, self.training))
         return x * keep
+
+
+class RelativeMapper(nn.Module):
+    """A condition (B, T, C) to (B, T, bands) through a relative transformer; Amphion calls it a conformer."""
+
+    def __init__(self, channels: int, bands: int, hidden: int, heads: int, layers: int, kernel: int = 3,
+                 dropout: float = 0.1) -> None:
+        super().__init__()
+        self.conformer_encoder = RelativeTransformer(channels, hidden, heads, layers, kernel, dropout, eps=1e-4)
+        self.projection = nn.Conv1d(channels, bands, 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        made: Tensor = self.projection(self.conformer_encoder(x.transpose(1, 2), mask)).transpose(1, 2)
+        return made
 
 
 class PlainTransformer(nn.Module):
