@@ -11,12 +11,18 @@ from featstore_zoo import find
 
 CONTRACT = {"n_mels": 20, "n_fft": 64, "win_length": 64, "hop_length": 16}
 HEARD = {"content": (("whisper", 12), ("spin", 10)), "width": 24, "singers": 8}
+STEPS_UP = {"upsample_rates": (4, 4), "upsample_kernels": (8, 8), "channels": 16, "block_kernels": (3,),
+            "block_dilations": ((1, 3),)}
 SMALL: dict[str, dict[str, Any]] = {
     "diffwavenet_svc": CONTRACT | HEARD | {"channels": 16, "layers": 5, "step_dim": 16, "step_hidden": 24,
                                            "sampling_steps": 3},
     "transformer_svc": CONTRACT | HEARD | {"layers": 2, "hidden": 16},
     "como_svc": CONTRACT | HEARD | {"encoder_layers": 2, "hidden": 16, "channels": 16, "layers": 4, "step_dim": 16,
                                     "step_hidden": 24, "sampling_steps": 3},
+    "vits_svc": CONTRACT | HEARD | {
+        "latent": 24, "hidden": 16, "prior_layers": 2, "posterior_layers": 2, "flow_layers": 2, "flows": 2,
+        "speaker_width": 8, "slice_frames": 8, "discriminators": ("mpd",), "discriminator_width": 0.05,
+        "mpd_periods": (2, 3), "generator_fields": tuple((STEPS_UP | {"harmonics": 2}).items())},
 }
 
 

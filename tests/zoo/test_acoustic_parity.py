@@ -1,14 +1,17 @@
 """Acoustic models give Amphion's numbers on Amphion's weights (seeded random ones, fp32 on a CPU)."""
 
 import acoustics
+import numpy as np
 import pytest
 import torch
 import vocoders
 
-from featstore_zoo import como_svc, diffusion, transformer_svc
+from featstore_extractors.signal import MelContract
+from featstore_zoo import como_svc, diffusion, gan, transformer_svc, vits_svc
 from featstore_zoo.acoustic import AcousticConfig, gaussian_nll, masked_mean
 from featstore_zoo.conditioner import Conditioner
 from featstore_zoo.diffusion import Denoiser
+from featstore_zoo.vits_svc.model import divergence, kept
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # fp32 sums in another order
@@ -77,6 +80,42 @@ def test_como_equals_the_reference(models):
     for name, value in (found | losses).items():
         ours = value.transpose(1, 2) if value.ndim else value
         torch.testing.assert_close(ours, expected[name], **TOLERANCE, msg=lambda told, name=name: f"{name}: {told}")
+
+
+def test_vits_equals_the_reference(models):
+    def rename(name):
+        return None if name == "enc_p.f0_emb.weight" else name.replace("emb_g.weight", "emb_g.nn.weight")
+
+    weights, given, expected = vocoders.reference(models / "vitssvc_hifigan.safetensors", rename)
+    steps_up = acoustics.STEPS_UP | {"channels": 32, "block_kernels": (3, 5), "block_dilations": ((1, 3, 5),) * 2}
+    model = vits_svc.Model(vits_svc.Config(
+        **acoustics.CONTRACT, **COARSE, content=(("whisper", 12), ("contentvec", 10)), latent=24, hidden=32,
+        prior_layers=2, flow_layers=2, speaker_width=16, noise_scale=0.0, generator="hifigan", generator_preset="v1",
+        generator_fields=tuple(steps_up.items()))).eval()
+    ranges = {name: value for name, value in model.state_dict().items() if name.startswith("mel_")}
+    model.load_state_dict(weights | ranges)
+    batch, mask = heard(given), given["mask"][..., 0] > 0
+    found = {}
+    with torch.no_grad():
+        found["g"] = voice = model.voice(batch)
+        found["cond"] = condition = model.condition_encoder(batch).transpose(1, 2)
+        keep = kept(mask, condition)
+        found["m_q"], found["logs_q"] = model.enc_q(given["linear"].transpose(1, 2), keep, voice)
+        found["flow_fwd"] = model.flow(found["m_q"], keep, voice)
+        found["flow_rev_of_fwd"] = model.flow(found["flow_fwd"], keep, voice, back=True)
+        found["m_p"], found["logs_p"] = model.enc_p(condition, mask, keep)
+        found["kl_loss"] = divergence(found["flow_fwd"], found["logs_q"], found["m_p"], found["logs_p"], mask)
+        found["infer_noise0"] = model(batch, torch.Generator().manual_seed(0))[:, None]
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **TOLERANCE, msg=lambda told, name=name: f"{name}: {told}")
+
+
+def test_linear_spectrum_equals_the_reference(parity):
+    features = np.load(parity / "amphion" / "features.npz")
+    wave = torch.from_numpy(features["wav_a"])[None].float()
+    ours = gan.magnitudes(wave, MelContract())[0].T.numpy()
+    np.testing.assert_allclose(ours, features["linear_a"], rtol=0, atol=1e-4)
 
 
 def test_levels_of_noise_are_the_reference_s(models):

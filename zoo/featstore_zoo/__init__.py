@@ -25,6 +25,7 @@ TABLE: dict[str, str] = {
     "diffwavenet_svc": "featstore_zoo.diffwavenet_svc",
     "transformer_svc": "featstore_zoo.transformer_svc",
     "como_svc": "featstore_zoo.como_svc",
+    "vits_svc": "featstore_zoo.vits_svc",
 }
 
 

@@ -107,11 +107,13 @@ SMOKE: dict[str, Any] = {"content": (), "width": 32}
 class Acoustic(nn.Module):
     """Features (B, T, ...) to log-mel (B, T, n_mels); base of the zoo's acoustic models.
 
-    A subclass defines `forward(batch, generator)`; whatever is random is drawn from the generator.
+    A subclass defines `forward(batch, generator, start)`; whatever is random is drawn from the generator. One that
+    `gives` "wave" makes the waveform (B, T hop_length) itself and needs no vocoder.
     """
 
     needs_f0: ClassVar[bool] = True
     needs_generator: ClassVar[bool] = False
+    gives: ClassVar[Literal["log-mel", "wave"]] = "log-mel"
     mel_low: Tensor
     mel_high: Tensor
     config: Any

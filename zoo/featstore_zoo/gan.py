@@ -85,8 +85,20 @@ def log_mel(wave: Tensor, contract: MelContract) -> Tensor:
     the rounding of the FFT moves bins near the floor by up to 4e-4 (24k-100, sung A3). MPS has no float64.
     """
     wave = wave if wave.dtype == torch.float64 else wave.float()
-    precise = wave if wave.device.type == "mps" else wave.double()
     contract = MelContract(**{field.name: getattr(contract, field.name) for field in fields(MelContract)})
+    spectrum = _spectrum(wave, contract, contract.power)
+    with torch.autocast(wave.device.type, enabled=False):
+        mel = (spectrum.to(wave.dtype) @ _filters(contract, wave.device, wave.dtype)).clamp_min(contract.floor)
+    return mel.log() if contract.log_base == "e" else mel.log10()
+
+
+def magnitudes(wave: Tensor, contract: MelContract) -> Tensor:
+    """sqrt(re^2 + im^2 + eps) of the frames of a contract, (B, T, n_fft // 2 + 1) in float32, of waveforms (B, N)."""
+    return _spectrum(wave, contract, 1).float()
+
+
+def _spectrum(wave: Tensor, contract: MelContract, power: int) -> Tensor:
+    precise = wave if wave.device.type == "mps" else wave.double()
     pad = (contract.n_fft - contract.hop_length) // 2 if contract.padding == "frames" else contract.n_fft // 2
     if wave.shape[-1] <= pad:
         raise ValueError(f"too short: {wave.shape[-1]} samples, the reflection at the ends needs {pad + 1}")
@@ -94,10 +106,8 @@ def log_mel(wave: Tensor, contract: MelContract) -> Tensor:
     with torch.autocast(wave.device.type, enabled=False):
         padded = F.pad(precise[:, None], (pad, pad), mode="reflect")[:, 0]
         parts = torch.view_as_real(_stft(padded, contract.n_fft, contract.hop_length, taper))
-        power = parts.square().sum(-1) + contract.eps  # (B, T, bins)
-        spectrum = power if contract.power == 2 else power.clamp_min(1e-30).sqrt()  # 0 has no slope
-        mel = (spectrum.to(wave.dtype) @ _filters(contract, wave.device, wave.dtype)).clamp_min(contract.floor)
-    return mel.log() if contract.log_base == "e" else mel.log10()
+        squares = parts.square().sum(-1) + contract.eps  # (B, T, bins)
+        return squares if power == 2 else squares.clamp_min(1e-30).sqrt()  # 0 has no slope
 
 
 def mel_l1(real: Tensor, fake: Tensor, contract: MelContract) -> Tensor:
