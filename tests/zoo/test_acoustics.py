@@ -122,6 +122,62 @@ def test_each_feature_is_heard(model):
             assert not torch.allclose(model(other, seeded()), before, atol=1e-4), name
 
 
+@pytest.mark.parametrize("speaker", ["embedding", "none"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_voice_may_be_an_embedding_or_nobody_s(name, speaker):
+    model = acoustics.small(name, speaker=speaker, merge="concat")
+    batch = acoustics.batch_for(model.config, 9)
+    batch = {key: batch[key] for key in (*model.config.reads, "log-mel", "wave")}
+    assert "singer" not in batch and ("speaker" in batch) == (speaker == "embedding")
+    with torch.no_grad():
+        before = model(batch, seeded())
+        assert before.isfinite().all()
+        if speaker == "embedding":
+            assert not torch.allclose(model(batch | {"speaker": -batch["speaker"]}, seeded()), before, atol=1e-4)
+    assert sum(find(name).losses(model, batch, seeded()).values()).isfinite()
+
+
+def test_losses_under_autocast_are_those_without(model):
+    package = find(type(model).__module__.split(".")[1])
+    batch = acoustics.batch_for(model.config, 12)
+    plain = package.losses(model, batch, seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = package.losses(model, batch, seeded())
+        sum(rough.values()).backward()
+    for name, loss in plain.items():
+        torch.testing.assert_close(rough[name].float(), loss, rtol=0.1, atol=0.05, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_falls_on_what_is_shown_again_and_again(name):
+    wide = {"channels": 64} if name == "diffwavenet_svc" else {}  # than the bands, whose noise has to pass
+    package, model = find(name), acoustics.small(name, content_dropout=0.2, **wide)
+    batch = acoustics.batch_for(model.config, 16)
+
+    def told():
+        with torch.no_grad():
+            return sum(float(sum(package.losses(model.eval(), batch, seeded(i)).values())) for i in range(4))
+
+    before, optimiser = told(), torch.optim.Adam(model.parameters(), 1e-3 if wide else 3e-3)
+    for i in range(150):
+        optimiser.zero_grad()
+        sum(package.losses(model.train(), batch, seeded(100 + i)).values()).backward()
+        optimiser.step()
+    assert told() < 0.7 * before
+
+
+@pytest.mark.parametrize("name", ["diffwavenet_svc", "como_svc"])
+def test_what_the_blocks_make_of_the_condition_is_made_once(name):
+    model, calls = acoustics.small(name), []
+    for path, part in model.named_modules():
+        if path.endswith("context_proj"):
+            part.register_forward_hook(lambda *_, path=path: calls.append(path))
+    with torch.no_grad():
+        model(acoustics.batch_for(model.config, 6), seeded())
+    assert model.config.sampling_steps == 3 and len(calls) == len(set(calls)) == model.config.layers
+
+
 def test_wrong_input_is_refused_by_name(model):
     package = find(type(model).__module__.split(".")[1])
     batch = acoustics.batch_for(model.config, 8)

@@ -26,6 +26,7 @@ Merge = Literal["sum", "concat"]
 Melody = Literal["continuous", "coarse", "none"]
 Loudness = Literal["decibels", "coarse", "none"]
 Speaker = Literal["one-hot", "embedding", "none"]
+ROLES = ("log-mel", "wave", "f0", "energy", "speaker", "lengths")
 TAKEN = ("melody", "loudness", "singer")  # terms beside the content, by whose names weights are called
 
 
@@ -65,7 +66,7 @@ class AcousticConfig(VocoderConfig):
         names = [item[0] for item in self.content]
         if any(len(item) != 2 or not isinstance(item[1], int) or item[1] < 1 for item in self.content):
             raise ValueError(f"content {self.content}: expected (name, dimensions) of each feature")
-        if len(set(names)) != len(names) or set(names) & {*TAKEN, "log-mel", "f0", "energy", "speaker"}:
+        if len(set(names)) != len(names) or set(names) & {*TAKEN, *ROLES}:
             raise ValueError(f"content {', '.join(names)}: each name once, and none that another role has")
         if any("." in name or not name for name in names):
             raise ValueError(f"content {', '.join(names)}: a name has no dot, as in the store")
@@ -111,7 +112,6 @@ class Acoustic(nn.Module):
     `gives` "wave" makes the waveform (B, T hop_length) itself and needs no vocoder.
     """
 
-    needs_f0: ClassVar[bool] = True
     needs_generator: ClassVar[bool] = False
     gives: ClassVar[Literal["log-mel", "wave"]] = "log-mel"
     mel_low: Tensor
