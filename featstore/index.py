@@ -307,6 +307,7 @@ def write_catalogue(folder: Place, index: Index) -> None:
     """Put what `merge` gave beside its segments: derived, immutable, may be deleted at any time."""
     home = folder / "catalogue" / storage.new_id()
     storage.make_folders(folder, home)
+    storage.create_document(home.parent / "zarr.json", group({}))
     rows = len(index.records)
     staged = storage.staging(home)
     put_plain(staged / "hashes", index.hashes, ["row"])
@@ -328,10 +329,14 @@ def drop_catalogues(folder: Place) -> None:
             storage.remove_tree(catalogue.home)
 
 
+def catalogue_homes(folder: Place) -> list[Place]:
+    """The folders of a collection's catalogues, newest first, whole or not."""
+    return [folder / "catalogue" / name for name in reversed(storage.names(folder / "catalogue")) if "-" in name]
+
+
 def catalogues(folder: Place) -> Iterator[Catalogue]:
     """The catalogues of a collection that are whole, newest first. The segments themselves are the truth."""
-    for name in reversed(storage.names(folder / "catalogue")):
-        home = folder / "catalogue" / name
+    for home in catalogue_homes(folder):
         try:
             facts = storage.read_document(home / "zarr.json")["attributes"]["featstore"]
             rows, replaced = int(facts["rows"]), frozenset(facts.get("replaced", ()))

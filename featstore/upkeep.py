@@ -31,7 +31,7 @@ from .errors import (
     nearest,
 )
 from .extract import forget
-from .index import Index, drop_replaced, hash_keys, merge, write_catalogue
+from .index import Index, catalogue_homes, drop_replaced, hash_keys, merge, write_catalogue
 from .row import Row
 from .segment import REMOVED, Segment, SegmentWriter, encoding_of, group
 from .spec import Spec
@@ -210,7 +210,7 @@ def purge_collection(folder: Place, grace_s: float) -> int:
     for segment, since in _replaced(folder):
         if since >= grace_s:
             removed += _discard(segment.folder)
-    homes = [folder / "catalogue" / name for name in reversed(storage.names(folder / "catalogue"))]
+    homes = catalogue_homes(folder)
     there = {segment.id for segment in Collection(folder).segments}
     usable = [home for home, facts in catalogues(folder) if set(facts["segments"]) <= there]
     if homes and not usable and removed:

@@ -17,7 +17,7 @@ from .errors import (
     CorruptSegment,
     FeatstoreError,
 )
-from .index import Index, merge
+from .index import Index, catalogue_homes, merge
 from .int8 import Quantiser, is_int8
 from .segment import Segment
 from .spec import Spec
@@ -288,7 +288,7 @@ def uncommitted(folder: Place) -> list[Place]:
 
 def catalogues(folder: Place) -> Iterator[tuple[Place, dict[str, Any]]]:
     """The catalogues whose document can be read, newest first."""
-    for home in (folder / "catalogue" / name for name in reversed(storage.names(folder / "catalogue"))):
+    for home in catalogue_homes(folder):
         with contextlib.suppress(FeatstoreError, OSError, KeyError, TypeError):
             facts = storage.read_document(home / "zarr.json")["attributes"]["featstore"]
             if isinstance(facts["segments"], list):

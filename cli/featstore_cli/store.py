@@ -167,12 +167,11 @@ def status(corpus: Path, store: Place, requests: tuple[str, ...], recipe: Path |
 @click.argument("feature")
 @requests_option(required=False)
 @click.option("--like", metavar="NAME", help="Say what a frame is made of when aligned to the frames of NAME.")
-@click.option("--frame", type=click.IntRange(0), default=0, show_default=True, help="Which frame of NAME's grid.")
-@click.option("--timing", type=click.Choice(["edges", "centres"]), default="edges", show_default=True,
-              help="How frames are aligned.")
+@click.option("--frame", type=click.IntRange(0), help="Which frame of NAME's grid.  [default: 0]")
+@click.option("--timing", type=click.Choice(["edges", "centres"]), help="How frames are aligned.  [default: edges]")
 @json_option
 def why(store: Place, utterance: str, feature: str, requests: tuple[str, ...], recipe: Path | None, like: str | None,
-        frame: int, timing: Any, as_json: bool) -> None:
+        frame: int | None, timing: Any, as_json: bool) -> None:
     """Why FEATURE of UTTERANCE is or is not up to date: settings, weights, version, audio. Exit status 1 if it is not.
 
     Without -f it is compared with what is stored under its name; the recording is read again where it can be found.
@@ -183,8 +182,12 @@ def why(store: Place, utterance: str, feature: str, requests: tuple[str, ...], r
              featstore why songs.zarr alto1/nino_dios whisper --like log-mel --frame 100
     """
     if like is not None:
-        _say_taps(open_store(store), utterance, feature, like, frame, timing, as_json)
+        if requests or recipe is not None:
+            raise click.UsageError("--like looks at stored frames, -f and -r at settings: give one of them")
+        _say_taps(open_store(store), utterance, feature, like, frame or 0, timing or "edges", as_json)
         return
+    if frame is not None or timing is not None:
+        raise click.UsageError("--frame and --timing are of the grid that --like NAME gives; give --like as well")
     opened = open_store(store)
     asked = extractors_of(requests, recipe)
     if len(asked) > 1:

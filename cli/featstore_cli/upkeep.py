@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from . import cli, display
-from .request import json_option, open_store
+from .request import PlaceType, json_option, open_store
 
 if TYPE_CHECKING:
     from featstore.pack import Packed
+    from featstore.storage import Place
 
 
 @cli.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=PlaceType())
 @click.argument("feature", metavar="NAME")
 @click.option("--codec", required=True, type=click.Choice(["zstd", "pcodec", "raw", "int8"]),
               help="The first three lose nothing; int8 makes NAME-int8, or brings it up to date.")
 @click.option("--replace", is_flag=True, help="With int8: choose the range anew, for all that NAME has now.")
 @json_option
-def pack(store: Path, feature: str, codec: str, replace: bool, as_json: bool) -> None:
+def pack(store: Place, feature: str, codec: str, replace: bool, as_json: bool) -> None:
     """Store a feature with a codec. zstd takes neural float16 to about 0.93 of its size and pcodec to 0.73 to 0.88;
     int8 halves it, and says how far its values are off. Exit status 1 if some lie outside the range of NAME-int8.
 
@@ -42,7 +42,7 @@ def pack(store: Path, feature: str, codec: str, replace: bool, as_json: bool) ->
         raise click.exceptions.Exit(1)
 
 
-def _say_packed(done: Packed, store: Path) -> None:
+def _say_packed(done: Packed, store: Place) -> None:
     what = "utterances" if done.codec == "int8" else "segments"
     sizes = f"{display.size(done.before)} before, {display.size(done.after)} now ({done.ratio:.3f})"
     if done.done:

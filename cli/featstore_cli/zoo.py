@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import cli, display
-from .request import json_option, open_store
+from .request import PlaceType, json_option, open_store
 
 if TYPE_CHECKING:
+    from featstore.storage import Place
     from featstore_zoo.training import Told
     from featstore_zoo.vocode import Made
 
@@ -24,7 +25,7 @@ OUT = click.option("-o", "--out", required=True, type=click.Path(path_type=Path)
 
 @cli.command()
 @click.argument("model")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=PlaceType())
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--mel", metavar="NAME", help="The log-mel.  [default: log-mel]")
 @click.option("--wave", metavar="NAME", help="The waveform.  [default: wave]")
@@ -40,7 +41,7 @@ OUT = click.option("-o", "--out", required=True, type=click.Path(path_type=Path)
 @DEVICE
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that read batches.")
 @click.option("--smoke", is_flag=True, help="Twenty steps of a small model, to see that everything works.")
-def train(model: str, store: Path, out: Path, mel: str | None, wave: str | None, f0: str | None, split: str | None,
+def train(model: str, store: Place, out: Path, mel: str | None, wave: str | None, f0: str | None, split: str | None,
           init: Path | None, resume: bool, recipe: Path | None, fields: tuple[str, ...], steps: int | None,
           precision: str | None, device: str, workers: int, smoke: bool) -> None:
     """Train MODEL (see `featstore zoo ls`) on the features of STORE into a run folder.
@@ -94,7 +95,7 @@ def _check_resumed(out: Path, model: str, given: Mapping[str, Any]) -> None:
 
 
 @cli.command()
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=PlaceType())
 @click.option("--vocoder", required=True, metavar="RUN|griffin-lim", help="Folder of a run, or no network at all.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A .wav or .flac file, or a folder.")
 @click.option("--format", "form", type=click.Choice(["wav", "flac"]), help="Of files in a folder.  [default: wav]")
@@ -103,7 +104,7 @@ def _check_resumed(out: Path, model: str, given: Mapping[str, Any]) -> None:
 @click.option("--compile", "compiled", is_flag=True, help="Through torch.compile: a minute first, then faster.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of vocoders that draw noise.")
 @json_option
-def vocode(inputs: tuple[Path, ...], vocoder: str, out: Path, form: str | None, device: str, precision: Any,
+def vocode(inputs: tuple[Place, ...], vocoder: str, out: Path, form: str | None, device: str, precision: Any,
            compiled: bool, seed: int, as_json: bool) -> None:
     """Turn the log-mels of INPUTS (recordings, folders, stores) back into sound, through a vocoder.
 

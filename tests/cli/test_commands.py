@@ -157,6 +157,8 @@ def test_a_bad_recording_is_exit_1_and_named(wavs: Path, tmp_path: Path) -> None
     (["extract", "{w}", "{s}", "-f", "energy", "--allow-failures", "few"], 2, "such as 5%"),
     (["why", "{s}", "spk0/u9", "mean"], 2, "it has: spk0/u"),
     (["why", "{s}", "spk0/u0", "meen"], 2, "it has: mean"),
+    (["why", "{s}", "spk0/u0", "mean", "--frame", "3"], 2, "give --like as well"),
+    (["why", "{s}", "spk0/u0", "mean", "--like", "energy", "-f", "toys.Mean"], 2, "give one of them"),
     (["scan", "{w}", "-o", "missing/c.jsonl"], 2, "the folder missing does not exist"),
     (["extract", "{w}", "{s}", "-r", "{w}"], 2, "no recipe.toml"),
     (["info", "nowhere.zarr"], 2, "does not exist"),
@@ -388,3 +390,20 @@ def test_pack_says_sizes_and_error_and_refuses_what_is_out_of_range(store: Path)
 def test_pack_that_is_asked_wrongly_says_what_there_is(store: Path, words: list[str], said: str) -> None:
     result = CliRunner().invoke(cli, ["pack", str(store), *words])
     assert result.exit_code == 2 and said in " ".join(result.output.split())
+
+
+def test_every_store_of_a_command_may_be_a_url(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    url, other = "memory://commands/s.zarr", "memory://commands/other.zarr"
+    with fs.create(url).writer() as w:
+        w.declare("x", fs.Spec(made_by="mine", version=1, kind="continuous", frame_rate=50, dim=4))
+        for key in "abc":
+            w.utterance({"key": key, "speaker": key}, source=key.encode().ljust(32), seconds=0.4)
+            w.write(key, "x", np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32))
+    for command, *words in (["info"], ["ls", "x"], ["why", "a", "x", "--like", "x"], ["use", "x@"],
+                            ["split", "main", "--by", "speaker", "--valid", "30%"], ["pack", "x", "--codec", "int8"],
+                            ["pack", "x", "--codec", "zstd"], ["copy", other], ["compact"],
+                            ["export", "-o", tmp_path / "x"], ["rm", "--speaker", "a"], ["verify"]):
+        done = run(command, url, *words)
+        assert done.exit_code == 2 * (command == "use") and "does not exist" not in done.output, done.output
+    assert sorted(fs.open(url).utterances) == ["b", "c"] and sorted(fs.open(other).features) == ["x", "x-int8"]

@@ -20,6 +20,7 @@ from featstore import writer as writers
 from featstore.compact import Compacted, compact, steps
 from featstore.errors import DiskFull
 from featstore.index import drop_replaced, hash_keys, write_catalogue
+from featstore.pack import pack
 from featstore.segment import SegmentWriter
 from featstore.store import Collection
 from featstore.verify import verify
@@ -114,7 +115,20 @@ def test_a_catalogue_of_all_segments_is_left(tmp_path):
         for folder in _folders(store):
             collection = Collection(folder)
             assert collection.catalogue is not None and len(collection.uncatalogued) == 0
-            assert len(list((folder / "catalogue").iterdir())) == 1
+            assert len(list((folder / "catalogue").glob("*-*"))) == 1
+
+
+def test_zarr_finds_nothing_in_the_folder_that_is_no_group_and_no_array(tmp_path):
+    import zarr
+
+    store = _filled(tmp_path / "s.zarr")
+    fs.split(store, "main", by="utterance", valid="20%", test="20%")
+    pack(store, "mel", "int8")
+    compact(store, purge=True, grace_s=0)
+    found = [path for path, _ in zarr.open_group(store.path, mode="r").members(max_depth=None)]  # it warns of others
+    assert sorted(found) == sorted(path.parent.relative_to(store.path).as_posix()
+                                   for path in store.path.glob("*/**/zarr.json"))
+    assert "utterances/catalogue" in found and "splits/main" in found
 
 
 def test_full_segments_are_left_alone_and_groups_reach_the_target_size(tmp_path, monkeypatch):

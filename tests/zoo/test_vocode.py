@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import featstore as fs
+from featstore import storage
 from featstore.errors import BadAudio, BadRequest, CannotLoad, ContractMismatch, IdentityMismatch
 from featstore_extractors import parse
 from featstore_extractors.signal import LogMel
@@ -166,6 +167,9 @@ def test_what_cannot_be_done_is_told(vocoder, voices, cache, tmp_path):
         vocode.files([voices], vocoder, tmp_path / "out.wav")
     with pytest.raises(BadRequest, match="does not exist"):
         vocode.files([tmp_path / "nothing.wav"], vocoder, tmp_path / "out.wav")
+    storage.place("memory://wavs/a.wav").put(b"")
+    with pytest.raises(BadRequest, match="of URLs only stores are taken"):
+        vocode.files(["memory://wavs/a.wav"], vocoder, tmp_path / "out.wav")
     with pytest.raises(run.NotARun, match="is not a run"):
         vocode.files([SENTENCE], tmp_path, tmp_path / "out.wav")
     (tmp_path / "text.wav").write_text("no audio")

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import featstore as fs
+from featstore import storage
 from featstore.errors import BadRequest, CannotLoad, IdentityMismatch, MissingFeature
 from featstore_extractors import parse
 from featstore_extractors.signal import LogMel, MelContract, mel_filters
@@ -144,7 +145,7 @@ def on(model: nn.Module, device: str, *, fold: bool = True, compiled: bool = Fal
     return ready
 
 
-def files(inputs: Sequence[str | Path], vocoder: str | Path, out: Path, *, device: str = "cpu", seed: int = 0,
+def files(inputs: Sequence[str | storage.Place], vocoder: str | Path, out: Path, *, device: str = "cpu", seed: int = 0,
           precision: Precision = "32", compiled: bool = False, chunk: int = CHUNK, form: str | None = None,
           progress: Callable[[Made, int, int], None] | None = None) -> list[Made]:
     """Resynthesise recordings, folders of them, or what stores have, through a vocoder; a file for each utterance.
@@ -161,7 +162,7 @@ def files(inputs: Sequence[str | Path], vocoder: str | Path, out: Path, *, devic
     """
     run = None if str(vocoder) == GRIFFIN_LIM else load(vocoder)
     reads = _reads(run)
-    jobs = [job for one in inputs for job in _jobs(Path(one), reads)]
+    jobs = [job for one in inputs for job in _jobs(storage.place(one), reads)]
     places = _places(jobs, out, form)
     model = None if run is None else on(run.model, device, compiled=compiled)
     made = []
@@ -202,7 +203,7 @@ def _reads(run: Run | None) -> dict[str, Read]:
     return wanted or {"log-mel": Read("log-mel", fs.Spec.of(LogMel(**vars(run.settings.contract))))}
 
 
-def _jobs(where: Path, reads: Mapping[str, Read]) -> list[_Job]:
+def _jobs(where: storage.Place, reads: Mapping[str, Read]) -> list[_Job]:
     if (where / "zarr.json").exists():
         store = fs.open(where)
         for read in reads.values():
@@ -211,6 +212,8 @@ def _jobs(where: Path, reads: Mapping[str, Read]) -> list[_Job]:
         return [_Job(store, key, names, key) for key in store.utterances]
     if not where.exists():
         raise BadRequest(f"{where} does not exist: give recordings, folders of them, or stores")
+    if not isinstance(where, Path):
+        raise BadRequest(f"{where} is no store: of URLs only stores are taken, recordings must be on this machine")
     return _extracted(where, reads)
 
 
