@@ -62,6 +62,7 @@ class Progress:
 class Report:
     """What an extraction did.
 
+    done: utterances that were gone through, those that failed among them.
     flags: what may be wrong with recordings that were stored (see `audio.Reader`).
     elsewhere: utterances that other processes did meanwhile.
     to_use: NAME@IDENTITY of what `featstore use` is to move names to, once every shard is done.

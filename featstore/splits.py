@@ -61,9 +61,11 @@ class Split:
 
     @property
     def shares(self) -> dict[str, float]:
-        """What fraction of the duration each part has."""
-        total = math.fsum(part.hours for part in self.parts.values())
-        return {name: part.hours / total if total else 0.0 for name, part in self.parts.items()}
+        """What fraction of the duration each part has; of the utterances where no duration is known."""
+        sizes = {name: part.hours for name, part in self.parts.items()}
+        if not any(sizes.values()):
+            sizes = {name: part.utterances for name, part in self.parts.items()}
+        return {name: size / math.fsum(sizes.values()) for name, size in sizes.items()}
 
     def places(self, keys: Sequence[str]) -> np.ndarray:
         """(n,) the number of the part in PARTS that each of `keys` is in; -1 for those in none."""

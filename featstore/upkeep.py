@@ -332,7 +332,8 @@ def copy(src: Store, dst: str | Place, names: Sequence[str] | None = None, *,
     _check_room(target.path, total)
     with target.writer() as writer:
         for feature in features:
-            there = feature.short in target.identities(feature.name)  # then its own codec counts
+            there = (feature.short in target.identities(feature.name)
+                     and Feature(target, feature.name, feature.short).segments)  # then its own codec counts
             codec = encoding_of(feature.segments, feature.stored_dtype).name
             writer.declare(feature.name, feature.spec, codec=None if there else codec)
             if feature.quantiser is not None:

@@ -163,6 +163,14 @@ def test_copy_and_export_of_packed_features_equal_those_of_raw_ones(store, tmp_p
         assert np.array_equal(np.load(tmp_path / "out" / "net-int8" / f"{key}.npy"), copied[key, "net-int8"].read())
 
 
+def test_copy_that_was_killed_before_its_first_commit_goes_on_with_the_sources_codec(store, tmp_path):
+    pack(store, "net", "zstd")
+    with fs.create(tmp_path / "half.zarr").writer() as w:
+        w.declare("net", NET, codec="zstd")  # all that a killed copy leaves
+    upkeep.copy(store, tmp_path / "half.zarr")
+    assert fs.open(tmp_path / "half.zarr").features["net"].codec == "zstd"
+
+
 def test_int8_gives_values_of_the_sources_type_within_half_a_step(store):
     done = pack(store, "net", "int8")
     packed = store.features["net-int8"]

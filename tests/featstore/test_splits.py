@@ -100,6 +100,11 @@ def test_parts_have_the_duration_asked_for_as_near_as_groups_allow(tmp_path: Pat
     assert sum(by_utterance.shares.values()) == pytest.approx(1)
 
 
+def test_without_durations_shares_are_of_utterances(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "s.zarr", [{"key": str(number), "duration_s": 0.0} for number in range(10)])
+    assert fs.split(store, "main", by="utterance", valid=20).shares == {"train": 0.8, "valid": 0.2, "test": 0.0}
+
+
 def test_parts_depend_on_the_seed_and_not_on_the_order_of_insertion(tmp_path: Path) -> None:
     rows = songs()
     one, other = store_of(tmp_path / "a.zarr", rows), store_of(tmp_path / "b.zarr", rows[::-1][:50])

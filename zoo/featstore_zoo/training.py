@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import featstore as fs
+from featstore import storage
 from featstore.errors import BadRequest, CannotLoad, ContractMismatch, FeatstoreError, nearest
 from featstore.splits import members
 from featstore.torch import loader
@@ -133,7 +134,7 @@ class Outcome:
     early: bool = False
 
 
-def train(path: str | Path, store: str | Path, *, device: str = "cpu", workers: int = 2, resume: bool = False,
+def train(path: str | Path, store: str | storage.Place, *, device: str = "cpu", workers: int = 2, resume: bool = False,
           steps: int | None = None, progress: Callable[[Told], None] | None = None) -> Outcome:
     """Train the run in a folder on a store, to the end of its steps.
 
