@@ -34,6 +34,10 @@ COMMANDS = {  # section: what is run for it
     "encoders": "encoders.py speed",
     "pipeline": "encoders.py pipeline --every 8",
     "encoder memory": "encoders.py memory --minutes 10 60",
+    "vocoders": "vocoders.py speed",
+    "vocoder training": "vocoders.py train",
+    "vocoder learning": "vocoders.py learn",
+    "vocoder memory": "vocoders.py memory",
 }
 LIBRARIES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # where a machine sets them, a current numpy is slowed down
 

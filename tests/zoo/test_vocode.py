@@ -190,3 +190,36 @@ def test_a_newer_run_is_told_from_a_damaged_one(vocoder, tmp_path):
     path.write_text("{")
     with pytest.raises(run.NotARun, match="no JSON document"):
         run.load(tmp_path / "run")
+
+
+def test_whoever_reads_a_stream_is_not_in_inference_mode():
+    model = vocoders.small("hifigan")
+    log_mel, _, _ = vocoders.inputs(model, 20, batch=1)
+    pieces = vocode.stream(model, log_mel[0].numpy(), chunk=8)
+    next(pieces)
+    assert not torch.is_inference_mode_enabled()
+    pieces.close()
+
+
+def test_griffin_lim_of_a_long_song_is_made_in_pieces_that_fade_into_each_other(monkeypatch):
+    import soundfile
+
+    contract = LogMel()
+    wave, _ = soundfile.read(SENTENCE, dtype="float32")
+    (log_mel,) = contract.load("cpu")([wave])
+    whole = vocode.griffin_lim(log_mel, contract)
+    monkeypatch.setattr(vocode, "GRIFFIN_LIM_FRAMES", 64)
+    monkeypatch.setattr(vocode, "GRIFFIN_LIM_FADE", 8)
+    pieces = vocode.griffin_lim(log_mel, contract)
+    assert len(pieces) == len(whole) == len(log_mel) * contract.hop_length
+    assert validation.log_mel_l1(whole, pieces, contract) < 0.5
+    level = [np.sqrt(np.square(one).mean()) for one in (whole, pieces)]
+    assert level[1] == pytest.approx(level[0], rel=0.1)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 20])
+def test_metrics_of_the_shortest_utterances_and_of_silence_are_numbers_or_nan(frames):
+    noise = np.random.default_rng(0).normal(0, 0.1, frames * 256).astype(np.float32)
+    for one, other in ((noise, noise[::-1].copy()), (noise, 0 * noise), (0 * noise, 0 * noise)):
+        found = validation.compare(one, other, LogMel())
+        assert np.isfinite(found["log-mel L1"]) and set(found) >= {"MCD dB", "F0CORR", "PESQ"}

@@ -134,9 +134,15 @@ def compare(reference: Array, made: Array, contract: MelContract) -> dict[str, f
 
 def log_mel_l1(reference: Array, made: Array, contract: MelContract) -> float:
     """Mean absolute difference of two waveforms' log-mels."""
-    run = LogMel(**vars(contract)).load("cpu")
-    one, other = run([reference.astype(np.float32), made.astype(np.float32)])
+    one, other = _log_mels(reference, made, contract)
     return float(np.abs(one - other).mean())
+
+
+def _log_mels(reference: Array, made: Array, contract: MelContract) -> list[Array]:
+    """Both log-mels (T, n_mels). What is shorter than a window is followed by silence, which all of it needs."""
+    short = max(0, contract.n_fft - len(reference))
+    return LogMel(**vars(contract)).load("cpu")([np.pad(np.asarray(wave, np.float32), (0, short))
+                                                 for wave in (reference, made)])
 
 
 def f0_of(wave: Array, sample_rate: int) -> Array:
@@ -151,8 +157,7 @@ def spectrograms(reference: Array, made: Array, contract: MelContract) -> Any:
     """A figure: log-mels of the recording and of what was made of it, one colour scale."""
     from matplotlib.figure import Figure
 
-    run = LogMel(**vars(contract)).load("cpu")
-    pair = run([reference.astype(np.float32), made.astype(np.float32)])
+    pair = _log_mels(reference, made, contract)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True, sharey=True)
     low, high = float(np.percentile(pair[0], 1)), float(pair[0].max())

@@ -1,0 +1,336 @@
+"""Vocoders: how fast they are, how fast they learn, that they learn, and what half an hour of audio takes.
+
+    python benchmarks/vocoders.py speed [--seconds 10] [--rounds 5] [--only NAME ...] [--device cuda] [--compile]
+    python benchmarks/vocoders.py train [--steps 20] [--device cuda] [--compile]
+    python benchmarks/vocoders.py learn [--only NAME ...] [-o FOLDER]
+    python benchmarks/vocoders.py memory [--minutes 3 30]
+
+speed: networks of published size with random weights, x real time, every way in turn in every round, medians; the
+    baseline is the network as training leaves it: eager, float32, weight norm not folded. bf16 is what `featstore
+    vocode --precision bf16` runs; its drift is the mean difference of the log-mels of both outputs, at one level.
+train: steps per second of HiFi-GAN V1 and Vocos with all their discriminators, and the share of them spent waiting for
+    the loader, after the first batch.
+learn: every vocoder trained against discriminators, in a small size, on eight clips of half a second; log-mel L1 of
+    copy synthesis before and after, beside a resynthesis that has the right magnitudes and random phases; and after the
+    same training on log-mels that belong to other clips. Pictures go to FOLDER.
+memory: peak resident memory of `featstore vocode` for a short and a long recording, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import featstore as fs
+from featstore_extractors import parse
+from featstore_extractors.signal import LogMel, MelContract
+from featstore_zoo import find, metrics, training, validation, vocode
+from featstore_zoo import run as runs
+
+ROOT = Path(__file__).resolve().parents[1]
+CORPUS = ROOT / "examples" / "corpus"
+
+
+# --- learn
+
+CLIPS = {"berklee_female/aa_Db5": 1.0, "berklee_male/aa_A3": 1.0, "ljspeech/LJ001-0002": 0.5,
+         "ljspeech/LJ001-0004": 1.0, "smstools_vignesh/vignesh": 1.0, "vctk_p225/p225_003": 1.0,
+         "vctk_p226/p226_003": 2.0, "vocadito_S1/vocadito_1": 2.0}  # where there is voice, s
+CLIP_S = 0.5
+JUDGES = {"discriminators": ["mpd"], "mpd_periods": [5], "discriminator_width": 0.05}
+STEPS_UP = JUDGES | {"channels": 64, "block_kernels": [3], "block_dilations": [[1, 3]]}
+COMMON = {"batch": 4, "frames": 32, "ema": 0.98, "weight_decay": 0.0, "decay": 0.9, "decay_every": 100,
+          "validate_every": 10**6, "save_every": 10**6, "learning_rate": 3e-3, "valid_utterances": 0}
+LEARN: dict[str, dict[str, Any]] = {
+    "hifigan": STEPS_UP | {"steps": 600},
+    "nsf-hifigan": STEPS_UP | {"steps": 600},
+    "bigvgan": STEPS_UP | {"steps": 400},
+    "melgan": {"channels": 16, "residual_layers": 2, "discriminator_width": 0.1, "steps": 600},
+    "apnet": STEPS_UP | {"channels": 128, "steps": 600},
+    "vocos": JUDGES | {"dim": 128, "hidden": 256, "layers": 4, "steps": 600},
+}
+
+
+def clips(home: Path) -> fs.Store:
+    """A store of eight clips of recordings."""
+    import soundfile as sf
+
+    for key, start in CLIPS.items():
+        path = (CORPUS / key).with_suffix(".flac")
+        rate = sf.info(path).samplerate
+        wave, _ = sf.read(path, start=int(start * rate), frames=int(CLIP_S * rate), dtype="float32", always_2d=True)
+        (home / "clips" / key).parent.mkdir(parents=True, exist_ok=True)
+        sf.write((home / "clips" / key).with_suffix(".flac"), wave.mean(1), rate)
+    store = fs.create(home / "clips.zarr")
+    report = fs.extract(fs.corpus(home / "clips"), store, parse("log-mel", "f0:dio", "wave"), workers=0)
+    if report.failures:
+        raise SystemExit(f"{report.failures[0].utterance}: {report.failures[0].reason}")
+    return fs.open(home / "clips.zarr")
+
+
+def clips_shuffled(home: Path, store: fs.Store) -> fs.Store:
+    """The same clips, of which each has the log-mel of the next."""
+    keys, other = list(store.utterances), fs.create(home / "shuffled.zarr")
+    with other.writer() as writer:
+        for name, feature in store.features.items():
+            writer.declare(name, feature.spec)
+            for number, key in enumerate(keys):
+                writer.write(key, name, store[keys[(number + (name == "log-mel")) % len(keys)], name].read())
+    return fs.open(home / "shuffled.zarr")
+
+
+def fields_of(name: str) -> dict[str, Any]:
+    return COMMON | LEARN[name]
+
+
+def learnt(home: Path, name: str, store: fs.Store) -> runs.Run:
+    """The run of a small vocoder that was trained on all of a store."""
+    run = training.prepare(home, store, name, fields=fields_of(name))
+    training.train(home, store.path, workers=0)
+    return run
+
+
+def copied(run: runs.Run, model: Any, store: fs.Store) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Key -> the recording and what the vocoder makes of its features."""
+    roles = {role: items[0].name for role, items in run.settings.reads.items()}
+    view, found = store.view(list(roles.values()), like=roles["log-mel"]), {}
+    for key in view:
+        parts = {role: view[key][name] for role, name in roles.items()}
+        found[key] = parts["wave"], vocode.synthesise(model, parts["log-mel"], parts.get("f0"))
+    return found
+
+
+def judged(pairs: dict[str, tuple[np.ndarray, np.ndarray]], contract: MelContract) -> dict[str, float]:
+    """Mean log-mel L1 and F0CORR."""
+    l1 = [validation.log_mel_l1(real, made, contract) for real, made in pairs.values()]
+    tracks = [(validation.f0_of(real, contract.sample_rate), validation.f0_of(made, contract.sample_rate))
+              for real, made in pairs.values()]
+    one, other = (np.concatenate(side) for side in zip(*tracks, strict=True))
+    return {"log-mel L1": float(np.mean(l1)), "F0CORR": metrics.f0_correlation(one, other)}
+
+
+def random_phase(wave: np.ndarray, contract: MelContract, seed: int = 0) -> np.ndarray:
+    """The waveform with its own magnitudes and random phases, by inverse STFT."""
+    import librosa
+
+    sizes = {"hop_length": contract.hop_length, "win_length": contract.win_length}
+    spectrum = np.abs(librosa.stft(wave, n_fft=contract.n_fft, **sizes))
+    phase = np.random.default_rng(seed).uniform(0, 2 * np.pi, spectrum.shape)
+    return np.asarray(librosa.istft(spectrum * np.exp(1j * phase), length=len(wave), **sizes), np.float32)
+
+
+def pictured(path: Path, real: np.ndarray, rows: dict[str, np.ndarray], contract: MelContract) -> None:
+    """Log-mels of the recording and of what was made of it, one colour scale."""
+    from matplotlib.figure import Figure
+
+    waves = {"recording": real} | rows
+    mels = LogMel(**vars(contract)).load("cpu")([wave.astype(np.float32) for wave in waves.values()])
+    figure = Figure(figsize=(9, 1.6 * len(waves)), layout="constrained")
+    low, high = float(np.percentile(mels[0], 1)), float(mels[0].max())
+    for axis, title, mel in zip(figure.subplots(len(waves), 1, sharex=True), waves, mels, strict=True):
+        axis.imshow(mel.T, origin="lower", aspect="auto", vmin=low, vmax=high, cmap="magma",
+                    extent=(0, len(mel) / float(contract.frame_rate), 0, contract.n_mels))
+        axis.set_ylabel(title, fontsize=8)
+    axis.set_xlabel("seconds")
+    figure.savefig(path, dpi=100)
+
+
+def learn(names: list[str], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place)
+        store = clips(home)
+        mixed = clips_shuffled(home, store)
+        contract = MelContract.from_settings(store.feature("log-mel").spec.settings)
+        waves = {key: store[key, "wave"].read() for key in store.utterances}
+        chance = judged({key: (wave, random_phase(wave, contract)) for key, wave in waves.items()}, contract)
+        print(f"copy synthesis of {len(waves)} clips of {CLIP_S:g} s: mean log-mel L1 before and after training\n")
+        print(f"random phases   {chance['log-mel L1']:.2f}\n")
+        print(f"{'':12} {'steps':>5} {'CPU s':>6} {'before':>7} {'after':>6} {'F0CORR':>7} {'shuffled':>9}")
+        for name in names:
+            begin = time.process_time()
+            fresh = training.prepare(home / f"{name}-0", store, name, fields=fields_of(name))
+            torch.manual_seed(0)
+            before = copied(fresh, fresh.network().eval(), store)
+            after = copied(run := learnt(home / name, name, store), runs.load(run.path).model, store)
+            took = time.process_time() - begin
+            wrong = learnt(home / f"{name}-shuffled", name, mixed)
+            astray = judged(copied(wrong, runs.load(wrong.path).model, store), contract)
+            found = judged(after, contract)
+            print(f"{name:12} {LEARN[name]['steps']:5} {took:6.0f} {judged(before, contract)['log-mel L1']:7.2f} "
+                  f"{found['log-mel L1']:6.2f} {found['F0CORR']:7.3f} {astray['log-mel L1']:9.2f}", flush=True)
+            key = "vctk_p225/p225_003"
+            pictured(out / f"{name}.png", waves[key], {"before": before[key][1], "after": after[key][1]}, contract)
+
+
+# --- speed
+
+ANCHORS = """published, of other machines: HiFi-GAN V1 495 x and Vocos 6,697 x real time on an A100, 5.8 x and 170 x on
+a server CPU (Siuzdak, 2306.00814); BigVGAN v2 24 kHz 163 to 240 x with its CUDA kernel (its model card)"""
+PUBLISHED = {"hifigan v1": ("hifigan", "v1"), "hifigan v3": ("hifigan", "v3"), "nsf-hifigan": ("nsf_hifigan", ""),
+             "bigvgan base": ("bigvgan", "base"), "melgan": ("melgan", "base"), "apnet": ("apnet", "base"),
+             "vocos": ("vocos", "base"), "diffwave 6": ("diffwave", "fast")}
+
+
+def network(package: str, preset: str) -> Any:
+    """A network of published size with random weights."""
+    torch.manual_seed(0)
+    config = find(package).Config
+    return find(package).Model(config.preset(preset) if preset else config()).eval()
+
+
+def features(contract: MelContract, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    """log-mel (T, n_mels) and f0 (T,) of recorded singing, repeated to a length."""
+    import soundfile as sf
+    import soxr
+
+    wave, rate = sf.read(CORPUS / "vocadito_S1" / "vocadito_1.flac", dtype="float32")
+    wave = soxr.resample(wave, rate, contract.sample_rate)
+    wave = np.tile(wave, int(seconds * contract.sample_rate / len(wave)) + 1)[:int(seconds * contract.sample_rate)]
+    mel = LogMel(**vars(contract)).load("cpu")([wave])[0]
+    return mel, np.full(len(mel), 220.0, np.float32)
+
+
+def speed(names: list[str], seconds: float, rounds: int, device: str, compiled: bool) -> None:
+    print(f"x real time, {seconds:g} s of singing at once, medians of {rounds} rounds; {device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, bf16 in the processor: {_has_bf16()}\n")
+    ways = ["eager", "folded", "bf16", *(["compiled"] if compiled else [])]
+    print(f"{'':13} {'M':>6}" + "".join(f"{way:>10}" for way in ways) + f"{'bf16 gain':>11} {'drift':>6}")
+    for name in names:
+        took, drift, count = _speeds(*PUBLISHED[name], seconds, rounds, device, ways)
+        print(f"{name:13} {count / 1e6:6.1f}" + "".join(f"{seconds / took[way]:10.2f}" for way in ways)
+              + f"{took['eager'] / took['bf16']:11.2f} {drift:6.3f}", flush=True)
+    print(f"\n{ANCHORS}")
+
+
+def _speeds(package: str, preset: str, seconds: float, rounds: int, device: str,
+            ways: list[str]) -> tuple[dict[str, float], float, int]:
+    """Median seconds of each way, the drift of bf16, and the number of weights."""
+    models = {way: vocode.on(network(package, preset), device, fold=way != "eager", compiled=way == "compiled")
+              for way in ways}
+    config = models["eager"].config
+    mel, f0 = features(config.contract, seconds)
+    count = sum(weight.numel() for weight in models["folded"].parameters())
+
+    def made(way: str) -> np.ndarray:
+        return vocode.synthesise(models[way], mel, f0, precision="bf16" if way == "bf16" else "32", chunk=len(mel))
+
+    first = {way: made(way) for way in ways}  # warm
+    took: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way in ways:
+            begin = time.perf_counter()
+            made(way)
+            took[way].append(time.perf_counter() - begin)
+    loud = 0.5 / max(1e-9, float(np.abs(first["folded"]).max()))  # random weights whisper, below the floor of log-mels
+    drift = validation.log_mel_l1(loud * first["folded"], loud * first["bf16"], config.contract)
+    return {way: statistics.median(times) for way, times in took.items()}, drift, count
+
+
+def _has_bf16() -> str:
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text() if info.exists() else ""
+    return ", ".join(flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags) or "no"
+
+
+# --- train
+
+
+def train(steps: int, device: str, compiled: bool) -> None:
+    print(f"training, steps per second (batch 4 of 32 frames, all discriminators), share of waiting; {device}\n")
+    print(f"{'':13} {'precision':>10} {'compiled':>9} {'steps/s':>8} {'waiting':>8}")
+    with tempfile.TemporaryDirectory() as place:
+        store = clips(Path(place))
+        for name in ("hifigan", "vocos"):
+            for precision in ("32", "bf16"):
+                for compile_ in (False, True) if compiled else (False,):
+                    _train_one(Path(place) / f"{name}-{precision}-{compile_}", store, name, steps, device,
+                               {"precision": precision, "compile": compile_})
+
+
+def _train_one(home: Path, store: fs.Store, name: str, steps: int, device: str, fields: dict[str, Any]) -> None:
+    told: list[training.Told] = []
+    more = {"steps": steps, "batch": 4, "valid_utterances": 0, "validate_every": 10**6, "save_every": 10**6}
+    training.prepare(home, store, name, fields=more | fields)
+    training.train(home, store.path, device=device, workers=2, progress=told.append)
+    warm = told[min(2, len(told) - 2)]
+    rate = (told[-1].step - warm.step) / (told[-1].elapsed_s - warm.elapsed_s)
+    print(f"{name:13} {fields['precision']:>10} {'yes' if fields['compile'] else 'no':>9} {rate:8.2f} "
+          f"{told[-1].loader_share:8.1%}", flush=True)
+
+
+# --- memory
+
+
+def memory(minutes: list[float]) -> None:
+    """Each length in a process of its own: the peak of a process never falls."""
+    print("featstore vocode of one recording by a small HiFi-GAN, from extraction to the file: peak resident memory\n")
+    for length in minutes:
+        done = subprocess.run([sys.executable, __file__, "memory", "--alone", "--minutes", str(length)], text=True,
+                              capture_output=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        print(done.stdout.strip(), flush=True)
+
+
+def memory_alone(minutes: float) -> None:
+    import soundfile as sf
+
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place)
+        os.environ["XDG_CACHE_HOME"] = str(home / "cache")
+        voice, rate = sf.read(CORPUS / "vocadito_S1" / "vocadito_1.flac", dtype="int16")
+        with sf.SoundFile(home / "song.flac", "w", rate, 1) as file:
+            left = int(minutes * 60 * rate)
+            while left > 0:
+                file.write(voice[:left])
+                left -= len(voice)
+        store = clips(home)
+        run = training.prepare(home / "run", store, "nsf-hifigan", smoke=True)
+        runs.save(run.path, run.settings, run.network().state_dict(), 0)
+        begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        (made,) = vocode.files([home / "song.flac"], run.path, home / "out.wav")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"{minutes:5g} min: {begin / 1024:6.0f} MiB before, {peak / 1024:6.0f} MiB at most; "
+              f"{made.seconds / made.took_s:.1f} x real time")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "train", "learn", "memory"])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the vocoders")
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[3, 30])
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--out", type=Path, default=ROOT / "build" / "vocoders", help="where pictures go")
+    asked = parser.parse_args()
+    if asked.what == "speed":
+        speed(asked.only or list(PUBLISHED), asked.seconds, asked.rounds, asked.device, asked.compile)
+    elif asked.what == "train":
+        train(asked.steps, asked.device, asked.compile)
+    elif asked.what == "learn":
+        torch.set_num_threads(1)  # layers this small lose more by sharing
+        learn(asked.only or list(LEARN), asked.out)
+    elif asked.alone:
+        memory_alone(asked.minutes[0])
+    else:
+        memory(asked.minutes)
+
+
+if __name__ == "__main__":
+    main()
