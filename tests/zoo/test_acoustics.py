@@ -10,7 +10,7 @@ import torch
 import vocoders
 
 import featstore_zoo
-from featstore.errors import ContractMismatch, LengthMismatch, MissingFeature
+from featstore.errors import BadRequest, ContractMismatch, LengthMismatch, MissingFeature
 from featstore_zoo import find
 from featstore_zoo.acoustic import ssim_distance
 from featstore_zoo.transformer import RelativeAttention
@@ -176,6 +176,26 @@ def test_what_the_blocks_make_of_the_condition_is_made_once(name):
     with torch.no_grad():
         model(acoustics.batch_for(model.config, 6), seeded())
     assert model.config.sampling_steps == 3 and len(calls) == len(set(calls)) == model.config.layers
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("diffwavenet_svc", {"sampler": "ddim", "sampling_steps": 7}), ("diffwavenet_svc", {"clamp": False}),
+    ("como_svc", {"sampling_steps": 5}), ("como_svc", {"heun": True}), ("vits_svc", {"noise_scale": 0.0})])
+def test_how_a_model_samples_can_be_changed_and_is_as_if_made_so(name, changes):
+    model, made_so = acoustics.small(name), acoustics.small(name, **changes)
+    batch = acoustics.batch_for(model.config, 8)
+    with torch.no_grad():
+        before = model(batch, seeded())
+        model.set_sampling(**changes)
+        after = model(batch, seeded())
+        assert torch.equal(after, made_so(batch, seeded())) and not torch.equal(after, before)
+    with pytest.raises(BadRequest, match="width cannot be changed after training"):
+        model.set_sampling(width=12)
+
+
+def test_a_model_that_does_not_sample_says_so():
+    with pytest.raises(BadRequest, match="this model does not sample"):
+        acoustics.small("transformer_svc").set_sampling(sampling_steps=3)
 
 
 def test_wrong_input_is_refused_by_name(model):

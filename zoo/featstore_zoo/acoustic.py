@@ -6,6 +6,7 @@ A model is given a batch as a view of the store reads it, a dict of tensors on o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featstore.errors import ContractMismatch, LengthMismatch
+from featstore.errors import BadRequest, ContractMismatch, LengthMismatch
 
 from .vocoder import VocoderConfig
 
@@ -114,6 +115,7 @@ class Acoustic(nn.Module):
 
     needs_generator: ClassVar[bool] = False
     gives: ClassVar[Literal["log-mel", "wave"]] = "log-mel"
+    SAMPLING: ClassVar[tuple[str, ...]] = ()  # fields of Config that are no part of the weights
     mel_low: Tensor
     mel_high: Tensor
     config: Any
@@ -124,6 +126,22 @@ class Acoustic(nn.Module):
         unit = 1.0 if config.log_base == "e" else math.log(10)
         self.register_buffer("mel_low", torch.full((config.n_mels,), math.log(config.floor) / unit))
         self.register_buffer("mel_high", torch.full((config.n_mels,), 2.5 / unit))  # above what full scale reaches
+
+    def set_sampling(self, **changes: Any) -> None:
+        """Changes how the model samples, by fields of its Config; the weights serve any.
+
+        Raises:
+            BadRequest: for a field that is not in `SAMPLING`.
+            ValueError: for a value that the Config refuses.
+        """
+        wrong = changes.keys() - set(self.SAMPLING)
+        if wrong:
+            there = ", ".join(self.SAMPLING) or "nothing: this model does not sample"
+            raise BadRequest(f"{', '.join(sorted(wrong))} cannot be changed after training; one can change {there}")
+        before, after = self.config, dataclasses.replace(self.config, **changes)
+        for part in self.modules():
+            if getattr(part, "config", None) is before:
+                part.config = after
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """The least and greatest log-mel (n_mels,) of each band in the training data, which become -1 and 1."""

@@ -198,6 +198,7 @@ class Model(Acoustic):
     """Features to log-mel (B, T, n_mels), by sampling. A student begins as a copy of its teacher: `learn_from`."""
 
     needs_generator = True
+    SAMPLING = ("sampling_steps", "heun")
     config: Config
 
     def __init__(self, config: Config) -> None:

@@ -68,6 +68,7 @@ class Model(Acoustic):
     """Features to log-mel (B, T, n_mels), by sampling."""
 
     needs_generator = True
+    SAMPLING = ("sampler", "sampling_steps", "clamp")
     config: Config
 
     def __init__(self, config: Config) -> None:

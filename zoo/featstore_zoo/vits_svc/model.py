@@ -191,6 +191,7 @@ class Model(Acoustic):
     """Features to waveform (B, T hop_length)."""
 
     needs_generator = True
+    SAMPLING = ("noise_scale",)
     gives: ClassVar[Literal["log-mel", "wave"]] = "wave"
     config: Config
 
