@@ -161,6 +161,7 @@ class Feature(Mapping[str, Row]):
     @cached_property
     def index(self) -> Index:
         self._collection, index = self._collection.indexed(self._store.made_from_current_audio)
+        self._store.check_there(index)
         return index
 
     @property
@@ -248,6 +249,7 @@ class Utterances(Mapping[str, StoredUtterance]):
     @cached_property
     def index(self) -> Index:
         self._collection, index = self._collection.indexed()
+        self._store.check_there(index)
         return index
 
     @cached_property
@@ -349,6 +351,8 @@ class Store:
     def refresh(self) -> None:
         """Take a new snapshot: see what was committed since."""
         names = feature_names(self.path)
+        if not names:
+            _check_root(self.path)
         served = dict(zip(names, storage.concurrently(self.path, lambda name: read_served(self.path, name), names),
                           strict=True))
         found = [(name, identity) for name, identity in served.items() if identity]
@@ -363,6 +367,12 @@ class Store:
         from .splits import read_splits  # for training alone
 
         return read_splits(self.path)
+
+    def check_there(self, index: Index) -> None:
+        """NotAStore where an index is empty because the store itself is no longer at its path."""
+        if not len(index.records) and isinstance(self.path, Path) and not (self.path / "zarr.json").exists():
+            raise NotAStore(f"{self.path} is gone: it was moved or removed since it was opened, or, if that path is "
+                            f"relative, the working directory changed (now {Path.cwd()}). Open it again where it is")
 
     def forget_splits(self) -> None:
         """Look for splits again when they are asked for."""

@@ -451,3 +451,21 @@ def test_store_that_may_not_be_written_is_read_and_says_so(path):
                 fs.create(f"{public}/b.zarr")
         finally:
             os.seteuid(0)
+
+
+def test_store_that_is_no_longer_where_it_was_is_not_an_empty_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with fs.create("a.zarr").writer() as w:
+        w.declare("x", fs.Spec(made_by="mine", version=1, kind="continuous", frame_rate=50, dim=2))
+        w.write("u", "x", np.ones((3, 2), np.float32))
+    for there in (True, False):
+        stores = [fs.open("a.zarr") for _ in range(3)]
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path if there else tmp_path / "elsewhere")
+        looks = (lambda s: list(s.utterances), lambda s: len(s.features["x"]), fs.Store.refresh)
+        for store, look in zip(stores, looks, strict=True):
+            if there:
+                look(store)
+            else:
+                with pytest.raises(fs.errors.NotAStore, match=r"is gone|does not exist"):
+                    look(store)
