@@ -371,6 +371,7 @@ def test_tensors_that_hold_no_numbers_are_refused_by_name(value, kind):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+@pytest.mark.slow
 def test_a_large_checkpoint_takes_no_memory_before_its_tensors_are_used(tmp_path, name):
     content = {f"layer.{i}": torch.zeros(10_000_000) for i in range(4)} | {"small": torch.ones(3)}  # 160 MB
     if name.endswith("pt"):

@@ -93,6 +93,7 @@ def formant_songs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 @pytest.mark.parametrize("tracker", ALL)
+@pytest.mark.slow
 def test_sung_f0_lies_within_5_cents_and_3_ms_of_the_truth(tracker, formant_songs):
     error, lag = errors(tracker, formant_songs)
     # crepe's tiny network misses the octave of one of these four voices; on twelve songs (below) it keeps to 5 cents
@@ -292,6 +293,7 @@ def unlike_waves(shared: Path) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(("tracker", "grid"), [("crepe", {}), ("fcpe", {}),
                                                ("fcpe", {"sample_rate": 24_000, "hop": 256})])
+@pytest.mark.slow
 def test_a_batch_gives_each_waveform_the_f0_it_has_alone(tracker, grid, unlike_waves):
     _, run = loaded(tracker, threshold=0.02, **grid)  # nearly every frame is voiced, and none hidden
     together = run(unlike_waves)

@@ -70,6 +70,7 @@ def test_the_example_has_less_than_80_lines() -> None:
     assert len(EXAMPLE.read_text().splitlines()) < 80
 
 
+@pytest.mark.slow
 def test_an_installed_encoder_is_extracted_by_name_and_stale_when_its_weights_are_replaced(
         site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # weights are named as they lie there

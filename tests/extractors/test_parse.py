@@ -235,6 +235,7 @@ def test_pkg_resources_is_stubbed_where_setuptools_lacks_it(monkeypatch: pytest.
 
 @pytest.mark.parametrize("before", ["", "from transformers.utils.import_utils import is_torchaudio_available as known;"
                                         "known();"])
+@pytest.mark.slow
 def test_transformers_imports_beside_any_torchaudio(before: str) -> None:
     pytest.importorskip("torch")
     code = (f"{before}from featstore_extractors.imports import without_broken_torchaudio as fix; fix();"

@@ -94,12 +94,13 @@ def filter_bank(encoder: Any, wave: np.ndarray) -> np.ndarray:
 
 
 def test_the_filter_bank_is_that_of_torchaudio(reference):
+    # 3e-4, as the data's README says: the FFT of torch rounds otherwise on other processors
     encoder = WeNet(weights=str(reference["folder"])).network("cpu")
     for number, wave in enumerate(reference["waves"]):
         ours = filter_bank(encoder, np.pad(wave, (0, 160)))
-        np.testing.assert_allclose(ours, reference[f"fbank_utt{number}"], rtol=0, atol=2e-5)  # README: 3e-4
+        np.testing.assert_allclose(ours, reference[f"fbank_utt{number}"], rtol=0, atol=3e-4)
     np.testing.assert_allclose(filter_bank(encoder, reference["waves"][0]), reference["fbank_utt0_nopad160"],
-                               rtol=0, atol=2e-5)
+                               rtol=0, atol=3e-4)
 
 
 def test_the_encoder_is_that_of_wenet_given_its_filter_bank(reference):
@@ -270,6 +271,7 @@ class Loops:
 
 @pytest.mark.parametrize("chunk", [0, 3])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.slow
 def test_every_layer_equals_literal_loops_alone_and_in_a_batch(kind, chunk, tmp_path, speech):
     settings = {"weights": str(wenet_folder(tmp_path, **kind)), "dtype": "float32", "chunk": chunk}
     waves = [speech[20000:36000], speech[16000:41000], speech[30000:33000]]
@@ -360,6 +362,7 @@ def windowed(extractor: WeNet, wave: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("settings", [{}, {"chunk": 16}], ids=str)
+@pytest.mark.slow
 def test_a_recording_beyond_wenets_200_s_is_computed_whole_and_in_windows(settings, folder, speech):
     song = np.tile(speech, 50)[: 210 * RATE]
     for layer, bound in (("0", 1e-5), ("", math.inf)):  # attention counts positions from where a window begins

@@ -21,6 +21,7 @@ from featstore_extractors.imports import without_broken_torchaudio
 
 without_broken_torchaudio()
 pytest.importorskip("transformers", reason="content encoders need featstore[encoders]")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = os.pathsep.join(str(ROOT / name) for name in (".", "extractors", "align", "cli"))

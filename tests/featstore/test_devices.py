@@ -164,6 +164,7 @@ def test_a_budget_grows_back_towards_what_failed_and_not_beyond() -> None:
 
 
 @pytest.mark.parametrize("tight", [{"room": 1}, {"alone": True}])
+@pytest.mark.slow
 def test_encoders_that_do_not_fit_on_a_device_together_take_turns(tmp_path: Path, tight: dict[str, int]) -> None:
     corpus, marks = fs.corpus(make_corpus(tmp_path / "wavs")), str(tmp_path / "loads")
     stores = [fs.create(tmp_path / f"{n}.zarr") for n in range(2)]
@@ -303,6 +304,7 @@ fs.extract(fs.corpus(sys.argv[2]), store, extractors, workers=1, device="toy:0,1
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_devices_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     folder, path = make_corpus(tmp_path / "wavs", count=60, seconds=0.1), tmp_path / "killed.zarr"
     undisturbed = fs.create(tmp_path / "whole.zarr")
@@ -359,6 +361,7 @@ def test_a_shared_pass_of_which_a_part_is_there_is_loaded_in_one_form(tmp_path: 
         np.testing.assert_array_equal(np.asarray(store[key, "l7"]), np.asarray(store[key, "l3"]) + 4)
 
 
+@pytest.mark.slow
 def test_networks_in_two_threads_give_what_they_give_in_one(tmp_path: Path) -> None:
     from featstore_extractors import parse
     from featstore_extractors.imports import without_broken_torchaudio

@@ -66,6 +66,7 @@ def _a_day(store, commits: int, seed: int = 0) -> dict[str, list[int]]:
     return counts
 
 
+@pytest.mark.slow
 def test_long_run_leaves_few_segments_of_any_size(store, small_shards):
     counts = _a_day(store, 90)
     assert max(max(few) for few in counts.values()) <= 3 * 5            # three of a class, of five classes

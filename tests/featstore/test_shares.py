@@ -150,7 +150,8 @@ def test_lines_of_several_processes_do_not_run_into_each_other(tmp_path: Path) -
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(log.read_bytes().splitlines()[1:]) == [line.rstrip() for line in lines]
+    found = [line for line in log.read_bytes().splitlines()[1:] if line]  # several may end the line that was cut
+    assert sorted(found) == [line.rstrip() for line in lines]
 
 
 def planned(folder: Path, path: Path, count: int = 40) -> tuple[fs.Plan, fs.Store]:

@@ -39,7 +39,8 @@ def same(tensors: Tensors, arrays: dict[str, np.ndarray]) -> bool:
         for name, array in arrays.items())
 
 
-@pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork"), (2, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork"), (2, "fork"),
+                                                   pytest.param(2, "spawn", marks=pytest.mark.slow)])
 def test_any_workers_give_the_same_batches_in_order(crops: fs.Batches, workers: int, method: str | None) -> None:
     for number, batch in enumerate(loader(crops, workers=workers, start_method=method, start=5, stop=12)):
         assert same(batch, crops[5 + number])
@@ -113,6 +114,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_workers_too(store: fs.Store, tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text(ENDLESS)
     child = subprocess.Popen([sys.executable, tmp_path / "endless.py", store.path], stdout=subprocess.PIPE,

@@ -73,6 +73,7 @@ def test_a_card_with_what_only_a_person_knows_is_complete(smoke, tmp_path):
     assert done.exit_code == 0 and "complete" in done.output, done.output
 
 
+@pytest.mark.slow
 def test_the_zoo_lists_every_model_with_its_size():
     rows = json.loads(run("zoo", "ls", "--json").output)
     assert {row["name"].replace("-", "_") for row in rows} >= set(TABLE)

@@ -34,7 +34,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("model", ["hifigan", "nsf-hifigan"])
+@pytest.mark.parametrize("model", [pytest.param("hifigan", marks=pytest.mark.slow), "nsf-hifigan"])
 def test_a_resumed_run_equals_an_uninterrupted_one(voices, tmp_path, model):
     for name in ("whole", "pieces"):
         prepared(tmp_path / name, voices, model, steps=5, save_every=1)
@@ -45,6 +45,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(voices, tmp_path, model):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "pieces"))
 
 
+@pytest.mark.slow
 def test_workers_that_read_ahead_change_nothing(voices, tmp_path):
     for name, workers in (("none", 0), ("two", 2)):
         prepared(tmp_path / name, voices, steps=2)
@@ -84,6 +85,7 @@ def test_the_weights_used_are_the_averaged_ones(voices, tmp_path):
     assert any(not torch.equal(used[name], state["model"][name]) for name in used)
 
 
+@pytest.mark.slow
 def test_half_precision_computes_in_it_and_keeps_weights_in_full(voices, tmp_path):
     prepared(tmp_path / "run", voices, steps=2, precision="bf16", ema=0)
     training.train(tmp_path / "run", voices, workers=0)
@@ -190,6 +192,7 @@ def test_weights_without_a_checkpoint_are_not_trained_over(voices, tmp_path):
             training.train(tmp_path / "run", voices, workers=0, resume=resume)
 
 
+@pytest.mark.slow
 def test_a_run_lengthened_by_steps_remembers_and_needs_not_what_it_began_with(voices, tmp_path):
     import shutil
 
@@ -300,6 +303,7 @@ def test_the_average_of_a_young_training_is_that_of_its_own_weights():
     assert average.module.weight.item() > 0.99
 
 
+@pytest.mark.slow
 def test_a_card_tells_the_last_validation_beside_griffin_lim(voices, tmp_path):
     prepared(tmp_path / "run", voices, steps=1)
     training.train(tmp_path / "run", voices, workers=0)
