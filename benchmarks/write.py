@@ -28,6 +28,7 @@ COMMANDS = {  # section: what is run for it
     "remote": "remote.py",
     "pack": "pack.py",
     "scale": "scale.py",
+    "sharing": "sharing.py",
     "engine": "engine.py overhead",
     "memory": "engine.py memory -f log-mel -f f0:dio -f energy -f loudness -f wave -f speaker",
     "planning": "engine.py plan",
