@@ -291,12 +291,13 @@ def _json(record: dict[str, Any]) -> bytes:
 
 
 def _facts_below(path: Place, *, folders: bool, deep: bool = True) -> Iterator[Any]:
-    """What is known of a file and, if it is a folder, of what is in it."""
+    """What is known of a file and, if it is a folder, of what is in it; what somebody else removes meanwhile is not."""
     if isinstance(path, ObjectPath):
         below = [item for item in (path.rglob("*") if deep else path.iterdir()) if item.is_file()]
         yield from (item.lstat() for item in below or ([path] if path.is_file() else []))
         return
-    for item in (path, *(path.rglob("*") if deep else ())):
+    below = os.walk(path) if deep else ()  # rglob would raise where a folder goes while it is listed
+    for item in (path, *(Path(root, name) for root, inside, files in below for name in (*inside, *files))):
         with contextlib.suppress(FileNotFoundError):
             if folders or not item.is_dir():
                 yield item.lstat()
