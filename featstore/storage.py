@@ -296,8 +296,8 @@ def _facts_below(path: Place, *, folders: bool, deep: bool = True) -> Iterator[A
         below = [item for item in (path.rglob("*") if deep else path.iterdir()) if item.is_file()]
         yield from (item.lstat() for item in below or ([path] if path.is_file() else []))
         return
-    below = os.walk(path) if deep else ()  # rglob would raise where a folder goes while it is listed
-    for item in (path, *(Path(root, name) for root, inside, files in below for name in (*inside, *files))):
+    walked = os.walk(path) if deep else iter(())  # rglob would raise where a folder goes while it is listed
+    for item in (path, *(Path(root, name) for root, inside, files in walked for name in (*inside, *files))):
         with contextlib.suppress(FileNotFoundError):
             if folders or not item.is_dir():
                 yield item.lstat()
