@@ -279,6 +279,15 @@ class Discriminator(nn.Module):
         return [score for score, _ in judged], [maps for _, maps in judged]
 
 
+def layered(convs: nn.ModuleList, last: nn.Module, x: Tensor, slope: float) -> tuple[Tensor, Maps]:
+    """What the last layer gives, and the feature map behind each of the others."""
+    maps = []
+    for conv in convs:
+        x = F.leaky_relu(conv(x), slope)
+        maps.append(x)
+    return last(x), maps
+
+
 class PeriodDiscriminator(nn.Module):
     """One period of MPD: the waveform as rows of `period` samples, convolved down the columns."""
 
@@ -294,11 +303,7 @@ class PeriodDiscriminator(nn.Module):
     def forward(self, wave: Tensor) -> tuple[Tensor, Maps]:
         wave = F.pad(wave[:, None], (0, -wave.shape[-1] % self.period), mode="reflect")
         x = wave.unflatten(-1, (-1, self.period))  # (B, 1, N / period, period)
-        maps = []
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.1)
-            maps.append(x)
-        x = self.conv_post(x)
+        x, maps = layered(self.convs, self.conv_post, x, 0.1)
         return x.flatten(1), [*maps, x]
 
 
@@ -334,11 +339,7 @@ class ScaleDiscriminator(nn.Module):
         x = wave[:, None]
         for _ in range(self.scale):
             x = F.avg_pool1d(x, 4, 2, padding=2)
-        maps = []
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.1)
-            maps.append(x)
-        x = self.conv_post(x)
+        x, maps = layered(self.convs, self.conv_post, x, 0.1)
         return x.flatten(1), [*maps, x]
 
 
@@ -372,11 +373,7 @@ class ResolutionDiscriminator(nn.Module):
         padded = F.pad(wave[:, None].float(), (pad, pad), mode="reflect")[:, 0]
         parts = torch.view_as_real(_stft(padded, self.n_fft, self.hop, self.window))
         x = parts.square().sum(-1).clamp_min(1e-12).sqrt().transpose(1, 2)[:, None]  # silence has no slope
-        maps = []
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.1)
-            maps.append(x)
-        x = self.conv_post(x)
+        x, maps = layered(self.convs, self.conv_post, x, 0.1)
         return x.flatten(1), [*maps, x]
 
 
@@ -403,11 +400,7 @@ class Trunk(nn.Module):
         self.conv_post = weight_norm(nn.Conv2d(size, 1, 3, padding=1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Maps]:
-        maps = []
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), self.slope)
-            maps.append(x)
-        return self.conv_post(x), maps
+        return layered(self.convs, self.conv_post, x, self.slope)
 
 
 class StftDiscriminator(Trunk):
