@@ -310,3 +310,11 @@ def test_a_card_tells_the_last_validation_beside_griffin_lim(voices, tmp_path):
     text = card.render(run.load(tmp_path / "run"))
     assert "1 held-out utterances, the first 0.5 s of each, after 1 steps" in text
     assert "| metric | this model | Griffin-Lim |" in text and "| log-mel L1 | " in text
+
+
+def test_a_smoke_run_is_small_whatever_the_preset(voices, tmp_path):
+    for preset in ("hifigan:v1", "hifigan:v3"):
+        made = training.prepare(tmp_path / preset[-2:], fs.open(voices), preset, smoke=True)
+        assert sum(weight.numel() for weight in made.network().parameters()) < 200_000
+        assert training.training_of(made).steps == 20
+    assert run.load(tmp_path / "v3").settings.config.resblock == 2

@@ -189,7 +189,7 @@ def prepare(path: str | Path, store: fs.Store, model: str, *, fields: Mapping[st
         twenty utterances is held out, at most `valid_utterances`.
     init: a run whose weights to begin with; it has the same architecture and mel contract.
     recipe: what is asked for where the arguments say nothing.
-    smoke: twenty steps of a small configuration, to see that everything works.
+    smoke: twenty steps of a small configuration, whatever the preset, to see that everything works.
 
     Raises:
         BadRequest: an unknown field, or a value that makes no sense.
@@ -205,8 +205,9 @@ def prepare(path: str | Path, store: fs.Store, model: str, *, fields: Mapping[st
     known = {f.name for f in dataclasses.fields(Training)}
     roles = {"log-mel": "log-mel", "wave": "wave", "f0": "f0"} | asked.roles(store) | dict(names or {})
     mel = store.feature(roles["log-mel"])
-    config = _config(package, preset or ("smoke" if smoke and not asked.model else ""), mel,
-                     {name: value for name, value in given.items() if name not in known})
+    small = smoke and not asked.model and "smoke" in getattr(package.Config, "PRESETS", {})
+    changed = _preset(package, preset) | (_preset(package, "smoke") if small else {})
+    config = _config(package, mel, changed | {name: value for name, value in given.items() if name not in known})
     wanted = ["log-mel", "wave", *(["f0"] if getattr(package.Model, "needs_f0", False) else [])]
     reads = {role: (runs.Read(roles[role], store.feature(roles[role]).spec),) for role in wanted}
     _check_wave(reads["wave"][0], config)
@@ -239,11 +240,10 @@ SMOKE = {"steps": 20, "batch": 2, "validate_every": 20, "save_every": 20, "valid
          "learning_rate": 1e-3, "ema": 0.0}
 
 
-def _config(package: ModuleType, preset: str, mel: fs.Feature, fields: Mapping[str, Any]) -> Any:
-    """The model's Config for the contract of the store's log-mel, which neither fields nor preset may contradict."""
+def _config(package: ModuleType, mel: fs.Feature, asked: Mapping[str, Any]) -> Any:
+    """The model's Config for the contract of the store's log-mel, which what is asked for may not contradict."""
     held = MelContract.from_settings(mel.spec.settings)
     contract = {f.name: getattr(held, f.name) for f in dataclasses.fields(MelContract)}
-    asked = _preset(package, preset) | dict(fields)
     for name in (name for name in contract if name in asked):
         if _read(name, asked[name], contract[name]) != contract[name]:
             raise ContractMismatch(f"{name}={asked[name]} was asked for, and the store's {mel.name} has {name} "
