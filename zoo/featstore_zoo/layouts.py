@@ -104,7 +104,7 @@ def _recognised(found: Found) -> tuple[Layout, Facts]:
 
 def _config(package: Any, layout: Layout, facts: Facts, found: Found, extra: dict[str, str]) -> Any:
     """The model's Config. BadRequest for what contradicts and for what is missing, each by its name."""
-    from .training import typed
+    from .preparation import typed
 
     beside = found.source or "the settings in the file"
     try:

@@ -23,7 +23,7 @@ from .run import Run
 from .vocode import griffin_lim, synthesise
 
 if TYPE_CHECKING:
-    from .training import Examples
+    from .examples import Examples
 
 Array = np.ndarray
 BASELINE = "Griffin-Lim"
