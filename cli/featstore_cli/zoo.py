@@ -27,9 +27,12 @@ OUT = click.option("-o", "--out", required=True, type=click.Path(path_type=Path)
 @click.argument("model")
 @click.argument("store", type=PlaceType())
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--content", multiple=True, metavar="NAME", help="Content features an acoustic model hears; again.")
+@click.option("--f0", metavar="NAME|none", help="f0, where it is heard.  [default: f0]")
+@click.option("--loudness", metavar="NAME|none", help="Loudness, of acoustic models.  [default: loudness]")
+@click.option("--speaker", metavar="one-hot|NAME|none", help="Voices: numbered, by an embedding.  [default: one-hot]")
 @click.option("--mel", metavar="NAME", help="The log-mel.  [default: log-mel]")
-@click.option("--wave", metavar="NAME", help="The waveform.  [default: wave]")
-@click.option("--f0", metavar="NAME", help="f0, where it is heard.  [default: f0]")
+@click.option("--wave", metavar="NAME", help="The waveform, where it is made.  [default: wave]")
 @click.option("--split", metavar="S", help="Learn from S/train, validate on S/valid.  [default: hold out 5 %]")
 @click.option("--init", type=click.Path(path_type=Path), metavar="RUN", help="Begin with the weights of another run.")
 @click.option("--resume", is_flag=True, help="Go on with the run in -o.")
@@ -41,28 +44,31 @@ OUT = click.option("-o", "--out", required=True, type=click.Path(path_type=Path)
 @DEVICE
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that read batches.")
 @click.option("--smoke", is_flag=True, help="Twenty steps of a small model, to see that everything works.")
-def train(model: str, store: Place, out: Path, mel: str | None, wave: str | None, f0: str | None, split: str | None,
-          init: Path | None, resume: bool, recipe: Path | None, fields: tuple[str, ...], steps: int | None,
-          precision: str | None, device: str, workers: int, smoke: bool) -> None:
+def train(model: str, store: Place, out: Path, content: tuple[str, ...], f0: str | None, loudness: str | None,
+          speaker: str | None, mel: str | None, wave: str | None, split: str | None, init: Path | None, resume: bool,
+          recipe: Path | None, fields: tuple[str, ...], steps: int | None, precision: str | None, device: str,
+          workers: int, smoke: bool) -> None:
     """Train MODEL (see `featstore zoo ls`) on the features of STORE into a run folder.
 
     \b
-    Example: featstore train hifigan:v1 songs.zarr -o runs/voc --set batch=16
-             featstore train hifigan:v1 songs.zarr -o runs/voc --resume
+    Example: featstore train diffwavenet-svc songs.zarr --content whisper --content contentvec -o runs/a
+             featstore train diffwavenet-svc songs.zarr -o runs/a --resume
     """
     from featstore_zoo import card, run, training
     from featstore_zoo import recipe as recipes
 
     opened = open_store(store)
-    names = {role: name for role, name in (("log-mel", mel), ("wave", wave), ("f0", f0)) if name}
+    parts = {"log-mel": mel, "wave": wave, "f0": f0, "loudness": loudness}
+    names = {role: name for role, name in parts.items() if name}
     if resume:
-        _check_resumed(out, model, {"--mel": mel, "--wave": wave, "--f0": f0, "--split": split, "--init": init,
-                                    "-r": recipe, "--set": fields, "--precision": precision})
+        _check_resumed(out, model, {"--content": content, "--f0": f0, "--loudness": loudness, "--speaker": speaker,
+                                    "--mel": mel, "--wave": wave, "--split": split, "--init": init, "-r": recipe,
+                                    "--set": fields, "--precision": precision})
     else:
         given = dict(_pair(text) for text in fields)
         given |= {name: str(value) for name, value in (("steps", steps), ("precision", precision)) if value is not None}
-        training.prepare(out, opened, model, fields=given, names=names, split=split, init=init, smoke=smoke,
-                         recipe=recipes.read(recipe) if recipe else None)
+        training.prepare(out, opened, model, fields=given, names=names, content=content or None, speaker=speaker,
+                         split=split, init=init, smoke=smoke, recipe=recipes.read(recipe) if recipe else None)
     begin = time.monotonic()
     with TrainProgress() as progress:
         done = training.train(out, store, device=device, workers=workers, resume=resume, steps=steps,

@@ -28,3 +28,26 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = fs.extract(fs.corpus(home / "corpus"), store, parse("log-mel", "f0:dio", "wave"), workers=0)
     assert not report.failures
     return home / "voices.zarr"
+
+
+@pytest.fixture(scope="session")
+def songs(voices: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sentences with loudness, energy, and what stands in for an encoder ("spin", 50 Hz) and a voice ("voice")."""
+    import shutil
+
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("songs") / "songs.zarr"
+    shutil.copytree(voices, path)
+    store = fs.open(path)
+    assert not fs.extract(fs.corpus(voices.parent / "corpus"), store, parse("loudness", "energy"), workers=0).failures
+    store = fs.open(path)
+    with store.writer() as writer:
+        writer.declare("spin", fs.Spec(made_by="spin", version=1, frame_rate=50, kind="continuous"))
+        writer.declare("voice", fs.Spec(made_by="d-vector", version=1, kind="global"))
+        for number, key in enumerate(store.utterances):
+            drawn = np.random.default_rng(number)
+            frames = round(store.utterances[key].duration_s * 50)
+            writer.write(key, "spin", drawn.standard_normal((frames, 12)).astype(np.float16))
+            writer.write(key, "voice", drawn.standard_normal(8).astype(np.float32))
+    return path

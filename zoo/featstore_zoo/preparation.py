@@ -8,18 +8,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import nn
 
 import featstore as fs
-from featstore.errors import BadRequest, ContractMismatch, nearest
+from featstore.errors import BadRequest, CannotLoad, ContractMismatch, nearest
 from featstore.splits import members
+from featstore_extractors import checkpoint
 from featstore_extractors.signal import MelContract
 
+from . import hearing, singers
 from . import run as runs
+from .acoustic import Acoustic
+from .conditioner import Singer
 from .recipe import Recipe
 from .run import Run
 
@@ -85,16 +93,21 @@ class Training:
 
 
 def prepare(path: str | Path, store: fs.Store, model: str, *, fields: Mapping[str, Any] | None = None,
-            names: Mapping[str, str] | None = None, split: str | None = None, init: str | Path | None = None,
-            recipe: Recipe | None = None, smoke: bool = False) -> Run:
+            names: Mapping[str, str] | None = None, content: Sequence[str] | None = None, speaker: str | None = None,
+            split: str | None = None, init: str | Path | None = None, recipe: Recipe | None = None, smoke: bool = False
+            ) -> Run:
     """A new run folder for a model on a store, all but its weights.
 
     model: a name in the zoo, with a preset if there is one: "hifigan:v2"; or an import path.
     fields: of its Config and of `Training`, by name.
-    names: role -> the feature that plays it, where it is not called like its role: {"log-mel": "mel44"}.
+    names: role -> the feature that plays it, where it is not called like its role: {"log-mel": "mel44"}. An acoustic
+        model that is to hear no "f0" or no "loudness" is told "none".
+    content: features that an acoustic model hears what is sung from.
+    speaker: "one-hot" numbers the speakers of the store; the name of an embedding; "none".
     split: of the store, whose train part is learnt from and whose valid part is validated on; without one, one in
         twenty utterances is held out, at most `valid_utterances`.
-    init: a run whose weights to begin with; it has the same architecture and mel contract.
+    init: a run whose weights to begin with; it has the same architecture and mel contract. Of an acoustic model it also
+        gives whatever is not asked for here, the range of its log-mels, and its singers, behind whom new ones come.
     recipe: what is asked for where the arguments say nothing.
     smoke: twenty steps of a small configuration, whatever the preset, to see that everything works.
 
@@ -106,41 +119,145 @@ def prepare(path: str | Path, store: fs.Store, model: str, *, fields: Mapping[st
     asked = recipe or Recipe()
     name, _, preset = asked.named(model).partition(":")
     package = runs.package_of(name)
-    if package.KIND != "vocoder":
-        raise BadRequest(f"{name} is of kind {package.KIND}: only vocoders can be trained so far")
+    acoustic = package.KIND == "acoustic"
+    if not acoustic and (content is not None or speaker is not None or "loudness" in (names or {})):
+        raise BadRequest(f"{name} is a vocoder, which hears the log-mel: leave out content, loudness and speaker")
+    runs.check_free(Path(path))
     given = dict(SMOKE if smoke else {}) | dict(asked.fields) | dict(fields or {})
     known = {f.name for f in dataclasses.fields(Training)}
-    roles = {"log-mel": "log-mel", "wave": "wave", "f0": "f0"} | asked.roles(store) | dict(names or {})
+    first = runs.load(init) if init is not None else None
+    roles = {"log-mel": "log-mel", "wave": "wave", "f0": "f0"}
+    if first is not None and acoustic:
+        roles |= {role: items[0].name for role, items in first.settings.reads.items()}
+    roles |= asked.roles(store) | dict(names or {})
     mel = store.feature(roles["log-mel"])
-    small = smoke and not asked.model and "smoke" in getattr(package.Config, "PRESETS", {})
-    changed = _preset(package, preset) | (_preset(package, "smoke") if small else {})
-    config = _config(package, mel, changed | {name: value for name, value in given.items() if name not in known})
+    changed = (_begun_with(first, name) if first is not None and acoustic else {}) | _preset(package, preset)
+    if smoke and not asked.model and first is None and "smoke" in getattr(package.Config, "PRESETS", {}):
+        changed |= _preset(package, "smoke")
+    changed |= {name: value for name, value in given.items() if name not in known}
+    training = typed(Training, dict(getattr(package, "TRAINING", {})) | {
+        name: value for name, value in given.items() if name in known})
+    record = dataclasses.asdict(training) | _parts(store, training, split, asked, package)
+    if acoustic:
+        heard = hearing.Asked(asked.content if content is None else tuple(content),
+                              asked.speaker if speaker is None else speaker, roles, lenient=smoke)
+        return _acoustic(Path(path), store, name, heard, changed, record, first)
+    config = _config(package, mel, changed)
     wanted = ["log-mel", "wave", *(["f0"] if getattr(package.Model, "needs_f0", False) else [])]
     reads = {role: (runs.Read(roles[role], store.feature(roles[role]).spec),) for role in wanted}
     _check_wave(reads["wave"][0], config)
-    own = getattr(package, "TRAINING", {})
-    training = typed(Training, dict(own) | {name: value for name, value in given.items() if name in known})
-    record = dataclasses.asdict(training)
-    split = split or asked.split
-    if split:
-        for part in ("train", "valid"):
-            members(store, f"{split}/{part}", store.utterances)  # BadRequest where there is none, or nothing in it
-        record["split"] = split
-    else:
-        again = asked.held_out and all(key in store.utterances for key in asked.held_out)
-        record["held_out"] = list(asked.held_out) if again else _held_out(store, training)
     settings = runs.Settings(name, config, config.contract, reads, "edges", record)
-    if init is not None:
-        record["init"] = str(_fitting(Path(init), settings).resolve())
+    if first is not None:
+        record["init"] = str(_fitting(first, settings).path.resolve())
     return runs.create(path, settings)
 
 
-def _fitting(init: Path, settings: runs.Settings) -> Path:
+def _acoustic(path: Path, store: fs.Store, name: str, asked: hearing.Asked, changed: dict[str, Any],
+              record: dict[str, Any], first: Run | None) -> Run:
+    """The run folder of an acoustic model, with its singers and the range of its log-mels."""
+    package, mel = runs.package_of(name), store.feature(asked.roles["log-mel"])
+    if isinstance(changed.get("content"), str):
+        changed["content"] = _read("content", changed["content"], ())
+    config = _config(package, mel, hearing.fields_for(store, asked, changed))
+    train = hearing.part_of(store, record, "train")
+    owned = singers.by_singer(store, train, needed=config.speaker == "one-hot")
+    before = first.singers if first is not None else {}
+    if config.speaker == "one-hot":
+        rows = singers.next_row(before) + len(owned.keys() - before.keys())
+        config = dataclasses.replace(config, singers=max(config.singers, rows))
+        _check_validated(store, record, owned.keys() | before.keys())
+    reads = hearing.reads_of(package, config, store, asked.parts)
+    if "wave" in reads:
+        _check_wave(reads["wave"][0], config)
+    names = {key: items[0].name for key, items in reads.items()}
+    store.view(list(names.values()), like=mel.name, utterances=train)  # what is missing or stale is told here
+    settings = runs.Settings(name, config, config.contract, reads, "edges", record)
+    statistics = hearing.mel_statistics(store, train, mel.name)
+    if first is not None:
+        record["init"] = str(_fitting(first, settings).path.resolve())
+        hearing.check_same(first, reads, store)
+        weights = checkpoint.read(first.path / WEIGHTS)
+        statistics |= {name: weights[name] for name in ("mel_low", "mel_high")}
+    known = singers.described(store, owned, f0=names.get("f0"), embedding=names.get("speaker"), before=before)
+    return runs.create(path, settings, statistics, known)
+
+
+def _begun_with(first: Run, model: str) -> dict[str, Any]:
+    """The fields of a run's Config, but for its mel contract: what a model hears that begins with its weights."""
+    if first.settings.model.replace("-", "_") != model.replace("-", "_"):
+        raise BadRequest(f"{first.path} is a run of {first.settings.model}, and {model} was asked for: the weights "
+                         "of one are none of the other's")
+    contract = {f.name for f in dataclasses.fields(MelContract)}
+    return {name: value for name, value in dataclasses.asdict(first.settings.config).items() if name not in contract}
+
+
+def _fitting(first: Run, settings: runs.Settings) -> Run:
     """A run whose weights another of these settings can begin with."""
-    first = runs.load(init)
     first.check_contract(settings.contract, "the store")
-    runs.load_weights(settings.package.Model(settings.config), init / WEIGHTS)
-    return init
+    begin_with(settings.package.Model(settings.config), first)
+    return first
+
+
+def begin(run: Run, model: nn.Module) -> None:
+    """Give the fresh model of a run what it begins with: weights of another run, the range of its log-mels."""
+    start = run.settings.training.get("init")
+    if start:
+        begin_with(model, runs.load(start))
+    if run.kind == "acoustic":
+        statistics, learner = hearing.statistics_of(run.path), cast(Acoustic, model)
+        learner.set_range(statistics["mel_low"], statistics["mel_high"])
+
+
+def begin_with(model: nn.Module, first: Run) -> None:
+    """Fill a model with the weights of a run: a student from its teacher, tables of singers with rows for new ones.
+
+    A new row is the mean of those of the singers that are known; known ones stay as they are.
+
+    Raises:
+        CannotLoad: they do not fit; names what does not.
+    """
+    config: Any = model.config
+    stage = getattr(first.settings.config, "stage", None)
+    if stage is None or stage == config.stage:
+        _fill(model, first)
+        return
+    if stage != "teacher":
+        raise CannotLoad(f"{first.path} is a {stage} and a {config.stage} was asked for: a student begins with its "
+                         "teacher")
+    teacher = first.settings.package.Model(dataclasses.replace(config, stage=stage))
+    _fill(teacher, first)
+    cast(Any, model).learn_from(teacher)
+
+
+def _fill(model: nn.Module, first: Run) -> None:
+    path = first.path / WEIGHTS
+    if not path.is_file():
+        runs.load_weights(model, path)  # CannotLoad
+    weights = checkpoint.read(path)
+    for name, part in model.named_modules():
+        table = f"{name}.nn.weight"
+        if isinstance(part, Singer) and part.role == "singer" and table in weights:
+            weights[table] = _grown(weights[table], len(part.nn.weight), len(first.singers))
+    try:
+        checkpoint.load_into(model, weights, path)
+    except ValueError as error:
+        raise CannotLoad(f"{error}. The weights of {first.path} are of another size: leave out the fields that "
+                         "differ, or begin without them") from error
+
+
+def _grown(table: torch.Tensor, rows: int, known: int) -> torch.Tensor:
+    """A table (S, D) with rows for new singers, all behind the known ones."""
+    used = table[:known or len(table)]
+    fresh = max(0, rows - len(used))
+    return torch.cat([used, used.mean(0, keepdim=True).expand(fresh, -1)])
+
+
+def _check_validated(store: fs.Store, training: Mapping[str, Any], known: Collection[str]) -> None:
+    valid = hearing.part_of(store, training, "valid")
+    if valid and not any(store.utterances[key].speaker in known for key in valid):
+        raise BadRequest(f"{training.get('split')}/valid has only singers that {training.get('split')}/train lacks, "
+                         "and a numbered voice cannot be validated on others: split by song (featstore split --by "
+                         "song), or take an embedding (--speaker NAME)")
 
 
 SMOKE = {"steps": 20, "batch": 2, "validate_every": 20, "save_every": 20, "valid_utterances": 1, "valid_s": 1.0,
@@ -207,14 +324,36 @@ def _check_wave(read: runs.Read, config: Any) -> None:
                                f"{config.sample_rate}")
 
 
-def _held_out(store: fs.Store, training: Training) -> list[str]:
+def _parts(store: fs.Store, training: Training, split: str | None, asked: Recipe, package: ModuleType
+           ) -> dict[str, Any]:
+    """What is learnt from and what is validated on: a split of the store, or keys that are held out."""
+    split = split or asked.split
+    if split:
+        for part in ("train", "valid"):
+            members(store, f"{split}/{part}", store.utterances)  # BadRequest where there is none, or nothing in it
+        return {"split": split}
+    if asked.held_out and all(key in store.utterances for key in asked.held_out):
+        return {"held_out": list(asked.held_out)}
+    return {"held_out": _held_out(store, training, spare=package.KIND == "acoustic")}
+
+
+def _held_out(store: fs.Store, training: Training, spare: bool) -> list[str]:
     """Every twentieth utterance by the hash of its key, at most as many as are validated on; of a few, one.
 
-    None where none is to be validated on.
+    None where none is to be validated on. spare: the only utterance of a speaker.
     """
     ranked = sorted(store.utterances, key=lambda key: hashlib.sha256(f"{training.seed} {key}".encode()).digest())
     count = min(max(1, len(ranked) // 20), training.valid_utterances)
-    return ranked[:count] if len(ranked) > 1 else []
+    if not spare:
+        return ranked[:count] if len(ranked) > 1 else []
+    left = Counter(utterance.speaker for utterance in store.utterances.read_all())
+    chosen: list[str] = []
+    for key in ranked:
+        speaker = store.utterances[key].speaker
+        if len(chosen) < count and left[speaker] > 1:
+            chosen.append(key)
+            left[speaker] -= 1
+    return chosen
 
 
 def training_of(run: Run) -> Training:

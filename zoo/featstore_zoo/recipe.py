@@ -1,8 +1,10 @@
 """What a training is asked for in a file: recipe.toml of a run, or one of your own.
 
     [model]      name = "hifigan:v1"    fields = {channels = 256}       of the model's Config
+                 content = ["whisper"]  speaker = "one-hot"             what an acoustic model hears
     [training]   steps = 50000, batch = 16, split = "main"              of `Training`; split, held_out
     [features]   mel44 = "log-mel:44k-128"    f0 = "f0:harvest"         names in the store, and what must have made them
+    [identities] whisper = "3f2a91..."        [roles] loudness = "soft" just that one; the part it plays under its name
 
 A run's own recipe begins the same training anew; what a file leaves out has its default.
 """
@@ -16,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import featstore as fs
-from featstore.errors import BadRequest
+from featstore.errors import BadRequest, IdentityMismatch
 from featstore_extractors import parse
 
 from . import run as runs
 
-ROLES = ("log-mel", "wave", "f0")
+ROLES = ("log-mel", "wave", "f0", "loudness", "energy", "speaker")
 ELSEWHERE = ("split", "held_out", "init")  # in [training], and no field of `Training`
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a file asks for. `fields`: of model and training, by name; `features`: name -> request."""
+    """What a file asks for. `fields`: of model and training, by name; `features`: name -> request, `identities`: name
+    -> identity; `parts`: role -> name; `content`, `speaker`: as `prepare` takes them."""
 
     path: Path = Path()
     model: str = ""
@@ -35,6 +38,10 @@ class Recipe:
     features: Mapping[str, str] = field(default_factory=dict)
     split: str | None = None
     held_out: tuple[str, ...] = ()
+    content: tuple[str, ...] | None = None
+    speaker: str | None = None
+    identities: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def named(self, model: str) -> str:
         """The model with its preset, where the recipe is for this one. BadRequest if it is for another."""
@@ -52,12 +59,20 @@ class Recipe:
         """
         found = {}
         for name, request in self.features.items():
-            if request.partition(":")[0].partition(",")[0].strip() not in ROLES:
+            maker = request.partition(":")[0].partition(",")[0].strip()
+            if maker in ROLES:
+                found[maker] = name
+            if maker not in ROLES and name not in self.identities:
                 continue
-            spec = fs.Spec.of(parse(f"{name}={request}")[name])
-            runs.check_read(runs.Read(name, spec), store, str(self.path))
-            found[spec.made_by] = name
-        return found
+            if name in store.features and store.features[name].identity == self.identities.get(name):
+                continue  # without a look at weights and packages, which may not be on this machine
+            if maker in ROLES:
+                runs.check_read(runs.Read(name, fs.Spec.of(parse(f"{name}={request}")[name])), store, str(self.path))
+                continue
+            raise IdentityMismatch(f"{self.path} asks for {name}@{self.identities[name][:9]} ({request}); {store.path} "
+                                   f"serves {name}@{store.feature(name).identity[:9]}. Extract that one beside it (-f "
+                                   f"other={request}), or leave [identities] out of the recipe")
+        return found | dict(self.parts)
 
 
 def read(path: Path) -> Recipe:
@@ -74,11 +89,16 @@ def read(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{place} is not TOML: {error}") from None
     model, training, features = (_table(document, name, place) for name in ("model", "training", "features"))
+    identities, parts = (_table(document, name, place) for name in ("identities", "roles"))
+    content = model.get("content")
+    if content is not None and not (isinstance(content, list) and all(isinstance(name, str) for name in content)):
+        raise BadRequest(f"{place}: content = {content!r}, expected names of features: [\"whisper\", \"contentvec\"]")
     fields = _table(model, "fields", place) | {n: v for n, v in training.items() if n not in ELSEWHERE}
     if not all(isinstance(value, str) for value in features.values()):
         raise BadRequest(f"{place}: expected lines such as f0 = \"f0:harvest\" in [features]")
     return Recipe(place, str(model.get("name", "")), fields, features, training.get("split"),
-                  tuple(training.get("held_out", ())))
+                  tuple(training.get("held_out", ())), None if content is None else tuple(content),
+                  None if model.get("speaker") is None else str(model["speaker"]), identities, parts)
 
 
 def _table(document: Mapping[str, Any], name: str, place: Path) -> dict[str, Any]:

@@ -39,7 +39,8 @@ from featstore.errors import (
 from featstore_extractors import checkpoint
 from featstore_extractors.signal import MelContract
 
-from . import find
+from . import find, singers
+from .singers import Singer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -116,7 +117,7 @@ class Run:
                      for role, items in document["reads"].items()}
         except FileNotFoundError as error:
             raise NotARun(f"{error.filename} is missing: the run folder is not whole; copy all of it") from None
-        except (KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:  # ValueError: of a Config with other rules, or no TOML
             raise CannotLoad(f"{self.path} cannot be read as a run of {document.get('model')!r} ({error}): it may be "
                              "of another version of featstore or of the model") from error
         return Settings(document["model"], config, contract, reads, document["timing"], recipe.get("training", {}))
@@ -125,6 +126,11 @@ class Run:
     def kind(self) -> str:
         """"vocoder" or "acoustic"."""
         return str(self.settings.package.KIND)
+
+    @cached_property
+    def singers(self) -> dict[str, Singer]:
+        """The voices an acoustic run was trained on, by name; none for a vocoder. CannotLoad where they are damaged."""
+        return singers.read(self.path)
 
     @property
     def steps(self) -> int:
@@ -173,15 +179,25 @@ def load(path: str | Path) -> Run:
     return Run(path)
 
 
-def create(path: str | Path, settings: Settings) -> Run:
+def create(path: str | Path, settings: Settings, statistics: Mapping[str, Tensor] | None = None,
+           voices: Mapping[str, Singer] | None = None) -> Run:
     """A new run folder with everything but weights. Refuses one that is there and not empty."""
     root = Path(path)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise NotARun(f"{root} exists already: go on with it (--resume), or choose another folder (-o)")
+    check_free(root)
     root.mkdir(parents=True, exist_ok=True)
+    if statistics is not None:
+        put_tensors(root / "statistics.safetensors", statistics)
+    if voices is not None:
+        put_file(root / singers.FILE, singers.packed(voices))
     _put_recipe(root, settings)
     _put_config(root, settings, steps=0)
     return Run(root)
+
+
+def check_free(root: Path) -> None:
+    """NotARun where a folder for a new run is there already and not empty."""
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise NotARun(f"{root} exists already: go on with it (--resume), or choose another folder (-o)")
 
 
 def retrained(run: Run, **training: Any) -> Run:
@@ -323,6 +339,9 @@ def _put_recipe(root: Path, settings: Settings) -> None:
     reads = [read for items in settings.reads.values() for read in items]
     recipe["features"] = {read.name: request_of(read.spec) for read in reads}
     recipe["identities"] = {read.name: read.spec.identity for read in reads}
+    renamed = {role: items[0].name for role, items in settings.reads.items() if items and items[0].name != role}
+    if renamed:
+        recipe["roles"] = renamed
     changed = {f.name: getattr(settings.config, f.name) for f in dataclasses.fields(settings.config)
                if getattr(settings.config, f.name) != inspect.getattr_static(type(settings.config), f.name, None)}
     recipe["model"] = {"name": settings.model, "fields": {name: _listed(value) for name, value in changed.items()}}

@@ -35,7 +35,7 @@ from featstore.torch import loader
 
 from . import run as runs
 from .examples import Examples
-from .preparation import WEIGHTS, Precision, Training, prepare, training_of
+from .preparation import WEIGHTS, Precision, Training, begin, prepare, training_of
 from .run import Run
 
 __all__ = ["BEST", "LAST", "Diverged", "Outcome", "Told", "Trainer", "Training", "prepare", "train", "training_of"]
@@ -195,10 +195,8 @@ class Trainer:
         self._stopping = False
 
     def begin(self) -> None:
-        """Take the weights of the run that this one is to start from, if there is one."""
-        start = self.run.settings.training.get("init")
-        if start:
-            runs.load_weights(self.model, Path(start) / WEIGHTS)
+        """Take the weights of the run that this one is to start from, if there is one, and the range of log-mels."""
+        begin(self.run, self.model)
 
     def restore(self) -> None:
         """Take up where checkpoints/last was written.
@@ -235,7 +233,7 @@ class Trainer:
     def go(self, progress: Callable[[Told], None] | None) -> Outcome:
         from .validation import Log
 
-        begin, waited = 0.0, 0.0
+        since, waited = 0.0, 0.0
         terms: dict[str, float] = {}
         validated: dict[str, float] = {}
         log = Log(self.run.path) if self.fabric.global_rank == 0 else None
@@ -244,12 +242,12 @@ class Trainer:
             with self._interruptible(), contextlib.closing(batches):
                 while self.step < self.steps and not self._asked_to_stop():
                     tensors, waiting = next(batches)
-                    if begin:
+                    if since:
                         waited += waiting
-                    begin = begin or time.monotonic()  # the first batch waits for processes to start
+                    since = since or time.monotonic()  # the first batch waits for processes to start
                     terms = self._update(tensors)
                     self.step += 1
-                    elapsed = time.monotonic() - begin
+                    elapsed = time.monotonic() - since
                     if log is not None:
                         log.scalars(self.step, terms | {"learning rate": self._rate(self.step)})
                     if self.step % self.training.validate_every == 0 or self.step == self.steps:
@@ -293,7 +291,12 @@ class Trainer:
 
     def _optimiser(self, module: nn.Module) -> torch.optim.Optimizer:
         t = self.training
-        return torch.optim.AdamW(module.parameters(), t.learning_rate, (t.beta1, t.beta2), weight_decay=t.weight_decay)
+        tables = [part.weight for part in module.modules() if isinstance(part, nn.Embedding)]
+        rest = [weight for weight in module.parameters() if not any(weight is table for table in tables)]
+        groups: list[dict[str, Any]] = [{"params": rest}]
+        if tables:  # rows of whom is not heard must not shrink
+            groups.append({"params": tables, "weight_decay": 0.0})
+        return torch.optim.AdamW(groups, t.learning_rate, (t.beta1, t.beta2), weight_decay=t.weight_decay)
 
     def _rate(self, step: int) -> float:
         return self.training.learning_rate * self.training.decay ** (step / self.training.decay_every)

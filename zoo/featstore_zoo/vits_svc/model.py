@@ -79,6 +79,8 @@ class Config(AcousticConfig, GanConfig):
         if self.noise_scale < 0 or self.lambda_kl < 0:
             raise ValueError(f"noise_scale {self.noise_scale:g} and lambda_kl {self.lambda_kl:g} must not be negative")
         _ = self.generator_config
+        if self.melody == "none" and find(self.generator).Model.needs_f0:
+            raise ValueError(f"generator {self.generator} hears f0, and melody is none: take hifigan, or a melody")
 
     @property
     def generator_config(self) -> VocoderConfig:
