@@ -65,15 +65,15 @@ def test_como_equals_the_reference(models):
     found = {}
     with torch.no_grad():
         mean = student.encoder(given["cond"], mask)
-        told = student.decoder.denoise_fn.tell(mean)
         found["mu_x"] = mean
-        found["D_x"] = student.decoder.denoise(student.decoder.denoise_fn, noise, given["sigma"].flatten(), told, None)
-        found["ct_sample_1"] = student.decoder.solve(mean, None, noise)
+        hears = student.decoder.denoise_fn.hearing(mean)
+        found["D_x"] = student.decoder.denoise(hears, noise, given["sigma"].flatten())
+        found["ct_sample_1"] = student.decoder.solve(mean, student.decoder.used.hearing(mean), noise)
         for steps in (5, 40):  # which the reference counts from 0
             config = como_svc.Config(**sizes, sampling_steps=steps + 1)
             teacher = como_svc.Model(config).acoustic_mapper.eval()
             teacher.load_state_dict({k: v for k, v in weights.items() if "_ema" not in k and "_pretrained" not in k})
-            found[f"edm_sample_{steps}"] = teacher.decoder.solve(mean, None, noise)
+            found[f"edm_sample_{steps}"] = teacher.decoder.solve(mean, teacher.decoder.used.hearing(mean), noise)
         # The reference hides padding from the losses, not from the network, and divides the prior by the bands twice.
         error = teacher.decoder.teacher_error(mel, mean, None, given["rnd_normal"].flatten(), noise)
         losses = {"edm_loss": masked_mean(error, mask), "prior_loss": gaussian_nll(mel, mean, mask) / 20}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -126,6 +126,25 @@ class Acoustic(nn.Module):
         unit = 1.0 if config.log_base == "e" else math.log(10)
         self.register_buffer("mel_low", torch.full((config.n_mels,), math.log(config.floor) / unit))
         self.register_buffer("mel_high", torch.full((config.n_mels,), 2.5 / unit))  # above what full scale reaches
+
+    def song(self, features: Callable[[int, int], Batch], frames: int, generator: torch.Generator, size: int
+             ) -> Tensor:
+        """Log-mel (1, frames, n_mels) of a whole song, on the CPU, in windows of `size` frames that fade into another.
+
+        features: (begin, end) -> those frames of the song, as a batch of one on the model's device.
+
+        A model that is local, samples in steps or gives "wave" has one of its own; of "wave" it gives pieces (n,).
+        """
+        from .song import faded, joined
+
+        state = generator.get_state()
+
+        def made(begin: int, end: int) -> Tensor:
+            generator.set_state(state)  # every window has its stretch of the same noise
+            window: Tensor = self(features(begin, end), generator, begin)
+            return window
+
+        return joined(faded(made, frames, size), frames)
 
     def set_sampling(self, **changes: Any) -> None:
         """Changes how the model samples, by fields of its Config; the weights serve any.

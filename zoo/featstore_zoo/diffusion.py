@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from .vocoder import mixed, noise, seed_of
 
-__all__ = ["Denoiser", "Sampler", "Schedule", "check_sampling", "consistency", "draws", "edm_scales", "edm_solve",
-           "karras_sigmas", "sample"]
+__all__ = ["Denoiser", "Hears", "Sampler", "Schedule", "check_sampling", "consistency", "draws", "edm_scales",
+           "edm_solve", "karras_sigmas", "sample"]
 
 Sampler = Literal["ddpm", "ddim", "dpm-solver++"]
 Shape = Literal["linear", "cosine"]
 Draw = Callable[[int], Tensor]
+Hears = Callable[[Tensor, Tensor | float], Tensor]  # x (B, T, D), and (B,) steps or one for all, to (B, T, D)
 
 
 # --- steps of noise (Ho et al., arXiv 2006.11239) and back
@@ -245,8 +246,10 @@ class Stack(nn.Module):
 class Denoiser(nn.Module):
     """x (B, T, D), where it lies, and the condition to (B, T, D). What blocks make of the condition is made once:
 
-        told = denoiser.tell(condition)              # does not depend on x or on the step
-        for step in ...: denoiser(x, step, told)
+        noise_of = denoiser.hearing(condition)       # does not depend on x or on the step
+        for step in ...: noise_of(x, step)
+
+    reach: frames to either side that a frame depends on.
     """
 
     def __init__(self, bands: int, condition: int, channels: int, layers: int, kernel: int = 3, cycle: int = 4,
@@ -255,8 +258,14 @@ class Denoiser(nn.Module):
         if min(bands, condition, channels, layers, cycle, step_hidden) < 1 or kernel % 2 == 0 or step_dim % 2:
             raise ValueError(f"channels {channels}, layers {layers}, cycle {cycle} must be at least 1, kernel {kernel} "
                              f"odd, step_dim {step_dim} even")
+        self.reach = sum(kernel // 2 * 2 ** (i % cycle) for i in range(layers))
         self.diff_encoder = StepEncoder(step_dim, step_hidden, channels)
         self.neural_network = Stack(bands, condition, channels, layers, kernel, cycle)
+
+    def hearing(self, condition: Tensor, mask: Tensor | None = None) -> Hears:
+        """(x, step) -> what the network gives for them and this condition."""
+        told = self.tell(condition)
+        return lambda x, step: self(x, step, told, mask)
 
     def tell(self, condition: Tensor) -> list[Tensor]:
         """The condition (B, T, K) as each block hears it, (B, 2 C, T)."""

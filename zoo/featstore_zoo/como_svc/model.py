@@ -26,7 +26,8 @@ from featstore_zoo.acoustic import (
     ssim_distance,
 )
 from featstore_zoo.conditioner import Conditioner
-from featstore_zoo.diffusion import Denoiser, consistency, draws, edm_scales, edm_solve, karras_sigmas
+from featstore_zoo.diffusion import Denoiser, Hears, consistency, draws, edm_scales, edm_solve, karras_sigmas
+from featstore_zoo.song import WINDOW, Features, faded, in_windows, joined
 from featstore_zoo.transformer import RelativeMapper
 
 TRAINING = {"frames": 512, "batch": 64, "learning_rate": 4e-4, "beta1": 0.9, "beta2": 0.999, "clip": 1.0}
@@ -112,28 +113,33 @@ class Decoder(nn.Module):
         c = self.config
         return Denoiser(c.n_mels, c.n_mels, c.channels, c.layers, c.kernel, c.dilation_cycle, c.step_dim, c.step_hidden)
 
-    def denoise(self, network: Denoiser, x: Tensor, sigma: Tensor | float, told: list[Tensor],
-                mask: Tensor | None) -> Tensor:
-        """The clean log-mel (B, T, n_mels) behind x at level sigma, one number or (B,) (EDM, equation 7)."""
+    def denoise(self, hears: Hears, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """The clean log-mel (B, T, n_mels) behind x at level sigma, one number or (B,) (EDM, equation 7).
+
+        hears: a network that has been told its condition.
+        """
         if not isinstance(sigma, Tensor):
             sigma = torch.full((len(x),), sigma, device=x.device)
         skip, out, scale, where = edm_scales(sigma, self.config.sigma_data, self.config.sigma_min)
-        found = network(scale[:, None, None] * x, where, told, mask)
+        found = hears(scale[:, None, None] * x, where)
         return skip[:, None, None] * x + out[:, None, None] * found
 
     def sample(self, mean: Tensor, mask: Tensor | None, generator: torch.Generator, start: int = 0) -> Tensor:
         """A log-mel (B, T, n_mels) with that mean, in `sampling_steps`."""
         draw = draws(generator, mean, start)
-        return self.solve(mean, mask, draw(0), draw)
+        return self.solve(mean, self.used.hearing(mean, mask), draw(0), draw)
 
-    def solve(self, mean: Tensor, mask: Tensor | None, noise: Tensor, draw: Any = None) -> Tensor:
+    @property
+    def used(self) -> Denoiser:
+        """The network that samples."""
+        return self.denoise_fn_ema if self.config.stage == "student" else self.denoise_fn
+
+    def solve(self, mean: Tensor, hears: Hears, noise: Tensor, draw: Any = None) -> Tensor:
         """As `sample`, from given noise: it begins around the mean, as the levels of training lie."""
         c = self.config
-        network = self.denoise_fn_ema if c.stage == "student" else self.denoise_fn
-        told = network.tell(mean)
 
         def clean(x: Tensor, sigma: float) -> Tensor:
-            return self.denoise(network, x, sigma, told, mask)
+            return self.denoise(hears, x, sigma)
 
         x = (noise + mean) * c.sigma_max
         if c.stage == "teacher":
@@ -150,8 +156,7 @@ class Decoder(nn.Module):
         """
         c = self.config
         sigma = (c.sigma_mean + c.sigma_spread * normal).exp()
-        found = self.denoise(self.denoise_fn, mel + (noise + mean) * sigma[:, None, None], sigma,
-                             self.denoise_fn.tell(mean), mask)
+        found = self.denoise(self.denoise_fn.hearing(mean, mask), mel + (noise + mean) * sigma[:, None, None], sigma)
         weight = (sigma.square() + c.sigma_data**2) / (sigma * c.sigma_data).square()
         return weight[:, None, None] * (found - mel).square()
 
@@ -167,14 +172,13 @@ class Decoder(nn.Module):
         low, high = ladder[level], ladder[level + 1]
         x = mel + (noise + mean) * high[:, None, None]
         with torch.no_grad():
-            teacher, target = self.denoise_fn_pretrained, self.denoise_fn_ema
-            told, step = teacher.tell(mean), (low - high)[:, None, None]
-            slope = (x - self.denoise(teacher, x, high, told, mask)) / high[:, None, None]
+            teacher, step = self.denoise_fn_pretrained.hearing(mean, mask), (low - high)[:, None, None]
+            slope = (x - self.denoise(teacher, x, high)) / high[:, None, None]
             ahead = x + step * slope
-            again = (ahead - self.denoise(teacher, ahead, low, told, mask)) / low[:, None, None]
+            again = (ahead - self.denoise(teacher, ahead, low)) / low[:, None, None]
             ahead = x + step * (slope + again) / 2
-            aim = self.denoise(target, ahead, low, target.tell(mean), mask)
-        found = self.denoise(self.denoise_fn, x, high, self.denoise_fn.tell(mean), mask)
+            aim = self.denoise(self.denoise_fn_ema.hearing(mean, mask), ahead, low)
+        found = self.denoise(self.denoise_fn.hearing(mean, mask), x, high)
         return (found - aim).square()
 
     @torch.no_grad()
@@ -238,6 +242,18 @@ class Model(Acoustic):
         mask = frame_mask(batch, condition.shape[1])
         mean = self.acoustic_mapper.encoder(condition, mask)
         return self.unscaled(self.acoustic_mapper.decoder.sample(mean, mask, generator, start))
+
+    def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW) -> Tensor:
+        """Log-mel (1, frames, n_mels) of a song; the mean in windows that fade into one another, and around it what
+        the decoder makes at once (see `Acoustic.song`)."""
+        def mean_of(begin: int, end: int) -> Tensor:
+            found: Tensor = self.acoustic_mapper.encoder(self.condition_encoder(features(begin, end)))
+            return found
+
+        mean, decoder = joined(faded(mean_of, frames, size), frames), self.acoustic_mapper.decoder
+        draw = draws(generator, mean)
+        made = decoder.solve(mean, in_windows(decoder.used, mean, size), draw(0), draw)
+        return self.unscaled(made.to(self.mel_low.device)).cpu()
 
 
 def losses(model: Model, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from featstore_zoo.acoustic import AMPHION, SMOKE, Acoustic, AcousticConfig, Batch, frame_mask, masked_mean
 from featstore_zoo.conditioner import Conditioner
-from featstore_zoo.diffusion import Denoiser, Sampler, Schedule, check_sampling, draws, sample
+from featstore_zoo.diffusion import Denoiser, Hears, Sampler, Schedule, check_sampling, draws, sample
+from featstore_zoo.song import WINDOW, Features, conditioned, in_windows
 
 TRAINING = {"frames": 512, "batch": 32, "learning_rate": 2e-4, "beta1": 0.9, "beta2": 0.999, "clip": 1.0}
 
@@ -85,11 +86,19 @@ class Model(Acoustic):
         """
         condition = self.condition_encoder(batch)
         mask = frame_mask(batch, condition.shape[1])
-        told = self.acoustic_mapper.tell(condition)
-        draw = draws(generator, condition.new_empty(*condition.shape[:2], self.config.n_mels), start)
-        x = sample(lambda x, step: self.acoustic_mapper(x, step, told, mask), draw(0), self.schedule,
-                   self.config.sampling_steps, self.config.sampler, draw, 1.0 if self.config.clamp else None)
-        return self.unscaled(x)
+        return self.unscaled(self.sampled(self.acoustic_mapper.hearing(condition, mask), condition, generator, start))
+
+    def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW) -> Tensor:
+        """Log-mel (1, frames, n_mels) of a song; what `forward` gives at once (see `Acoustic.song`)."""
+        told = conditioned(self.condition_encoder, features, frames, size)
+        made = self.sampled(in_windows(self.acoustic_mapper, told, size), told, generator)
+        return self.unscaled(made.to(self.mel_low.device)).cpu()
+
+    def sampled(self, noise_of: Hears, like: Tensor, generator: torch.Generator, start: int = 0) -> Tensor:
+        """A scaled log-mel (B, T, n_mels) of as many items and frames as `like`."""
+        draw = draws(generator, like.new_empty(*like.shape[:2], self.config.n_mels), start)
+        return sample(noise_of, draw(0), self.schedule, self.config.sampling_steps, self.config.sampler, draw,
+                      1.0 if self.config.clamp else None)
 
 
 def losses(model: Model, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -101,6 +110,5 @@ def losses(model: Model, batch: Batch, generator: torch.Generator) -> dict[str, 
     mel, mask = model.told(batch, condition)
     step = torch.randint(model.config.steps, (len(mel),), generator=generator, device=generator.device).to(mel.device)
     fresh = torch.randn(mel.shape, generator=generator, device=generator.device).to(mel)
-    found = model.acoustic_mapper(model.schedule.noisy(mel, fresh, step), step, model.acoustic_mapper.tell(condition),
-                                  mask)
+    found = model.acoustic_mapper.hearing(condition, mask)(model.schedule.noisy(mel, fresh, step), step)
     return {"noise": masked_mean((found - fresh).square(), mask)}

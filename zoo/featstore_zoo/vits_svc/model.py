@@ -7,10 +7,11 @@ duration. The generator is any of the zoo's, taken by name. Names of weights are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -21,7 +22,9 @@ from featstore_zoo.acoustic import AMPHION, SMOKE, Acoustic, AcousticConfig, Bat
 from featstore_zoo.conditioner import Conditioner, Singer, needed
 from featstore_zoo.diffusion import draws
 from featstore_zoo.gan import Adversary, GanConfig, magnitudes, spectral_losses
+from featstore_zoo.song import WINDOW, Features, faded, joined, local
 from featstore_zoo.transformer import RelativeTransformer
+from featstore_zoo.vocode import stream
 from featstore_zoo.vocoder import Vocoder, VocoderConfig, fold, seed_of
 
 TRAINING = {"frames": 256, "batch": 16, "learning_rate": 2e-4}
@@ -212,14 +215,34 @@ class Model(Acoustic):
 
         start: the frame of a song at which the batch begins, for a piece to have the noise of the whole.
         """
+        return self.spoken(self.latent(batch, generator, start), batch, generator)
+
+    def latent(self, batch: Batch, generator: torch.Generator, start: int = 0) -> Tensor:
+        """What the generator hears, (B, L, T)."""
         condition = self.condition_encoder(batch)
         mask = frame_mask(batch, condition.shape[1])
         keep = kept(mask, condition)
-        voice = self.voice(batch)
         mean, spread = self.enc_p(condition.transpose(1, 2), mask, keep)
         noise = draws(generator, mean.transpose(1, 2), start)(0).transpose(1, 2)
-        latent = self.flow((mean + noise * spread.exp() * self.config.noise_scale) * keep, keep, voice, back=True)
-        return self.spoken(latent, batch, generator)
+        return self.flow((mean + noise * spread.exp() * self.config.noise_scale) * keep, keep, self.voice(batch),
+                         back=True)
+
+    def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW  # type: ignore[override]
+             ) -> Iterator[np.ndarray]:
+        """Waveform (frames * hop_length,) of a song, in pieces: the latent in windows that fade into one another, and
+        of it what the generator makes at once (see `Acoustic.song`)."""
+        state = generator.get_state()
+
+        def made(begin: int, end: int) -> Tensor:
+            generator.set_state(state)
+            return self.latent(features(begin, end), generator, begin).transpose(1, 2)
+
+        def f0_of(begin: int, end: int) -> Tensor:
+            return needed(features(begin, end), "f0")
+
+        latent = joined(faded(made, frames, size), frames)[0].numpy()
+        f0 = joined(local(f0_of, frames, size, 0), frames)[0].numpy() if self.dec.needs_f0 else None
+        return stream(self.dec, latent, f0, seed=seed_of(generator) % 2**63, chunk=size)
 
     def spoken(self, latent: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         """The generator's waveform (B, T hop_length) for a latent (B, L, T): item by item, each without its padding.

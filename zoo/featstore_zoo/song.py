@@ -1,0 +1,110 @@
+"""A whole song through an acoustic model, in windows that join without a seam: memory does not grow with the network.
+
+What looks a known number of frames far (`local`) is run on windows with just those frames on either side, and gives
+what the whole gives at once. What attends to everything it is given (`faded`) is run on windows with some context, each
+fading into the next, and gives nearly that. A model that samples takes each step over all windows before the next step,
+so that what a frame depends on does not widen with the steps; only the noisy log-mel and the condition are kept for the
+whole song, 2 kB a frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .acoustic import Batch
+
+__all__ = ["CONTEXT", "FADE", "LEAST", "WINDOW", "Features", "conditioned", "faded", "in_windows", "joined", "local"]
+
+WINDOW = 1024  # frames of a window, some 11 s: twice what models learn from at a time
+LEAST = 128    # frames of the smallest window that is tried where memory is short
+CONTEXT = 128  # frames on either side of a window that attends
+FADE = 32      # frames over which one such window fades into the next
+
+Features = Callable[[int, int], Batch]      # frames [begin, end) of a song as a batch of one, on the model's device
+Windowed = Callable[[int, int], Tensor]     # what is made of frames [begin, end), (1, end - begin, D)
+
+
+def local(made: Windowed, frames: int, size: int, reach: int) -> Iterator[Tensor]:
+    """Pieces (1, t, D) of a song of `frames`, in order, by what depends on `reach` frames to either side."""
+    for start, stop in _bounds(frames, size):
+        begin = max(0, start - reach)
+        yield made(begin, min(frames, stop + reach))[:, start - begin:stop - begin]
+
+
+def faded(made: Windowed, frames: int, size: int, context: int = CONTEXT, fade: int = FADE) -> Iterator[Tensor]:
+    """Pieces (1, t, D) of a song of `frames`, in order, by what depends on all that it is given.
+
+    Windows have `context` frames more at either side, and each fades into the next over `fade` frames, half of them on
+    either side of where they meet.
+    """
+    half, bounds = fade // 2, _bounds(frames, max(size, 2 * fade))
+    rise = ((torch.arange(2 * half) + 0.5) / (2 * half))[:, None]
+    before: Tensor | None = None  # of the window before, around where it meets this one
+    for start, stop in bounds:
+        begin, end = max(0, start - context), min(frames, stop + context)
+        window = made(begin, end)
+        first, last = (start - half if before is not None else start), (stop - half if stop < frames else stop)
+        piece = window[:, first - begin:last - begin]
+        if before is not None:
+            ramp = rise.to(piece)
+            blended = before * (1 - ramp) + piece[:, :2 * half] * ramp
+            piece = torch.cat([blended, piece[:, 2 * half:]], 1)
+        before = window[:, stop - half - begin:stop + half - begin] if stop < frames else None
+        yield piece
+
+
+def joined(pieces: Iterator[Tensor], frames: int) -> Tensor:
+    """The pieces (1, t, D) as one (1, frames, D) on the CPU."""
+    whole, done = torch.empty(0), 0
+    for piece in pieces:
+        if not done:
+            whole = torch.empty(1, frames, *piece.shape[2:])
+        whole[:, done:done + piece.shape[1]] = piece
+        done += piece.shape[1]
+    return whole
+
+
+def conditioned(encoder: Any, features: Features, frames: int, size: int) -> Tensor:
+    """The condition (1, frames, D) of a song, on the CPU, by a `Conditioner`."""
+    def made(begin: int, end: int) -> Tensor:
+        told: Tensor = encoder(features(begin, end))
+        return told
+
+    return joined(faded(made, frames, size) if encoder.config.conformer else local(made, frames, size, 0), frames)
+
+
+def in_windows(network: Any, condition: Tensor, size: int) -> Callable[[Tensor, Tensor | float], Tensor]:
+    """(x, step) -> what a `Denoiser` gives for x (1, T, D) and a condition (1, T, K), both on the CPU as is the result.
+
+    What the network makes of the condition is made anew for each window and step: for a song it would be gigabytes.
+    """
+    device, frames = next(network.parameters()).device, condition.shape[1]
+    if frames <= size:
+        hear = network.hearing(condition.to(device))
+        return lambda x, step: hear(x.to(device), _moved(step, device)).float().cpu()
+
+    def noise_of(x: Tensor, step: Tensor | float) -> Tensor:
+        def made(begin: int, end: int) -> Tensor:
+            hear = network.hearing(condition[:, begin:end].to(device))
+            found: Tensor = hear(x[:, begin:end].to(device), _moved(step, device))
+            return found
+
+        return joined(local(made, frames, size, network.reach), frames)
+
+    return noise_of
+
+
+def _moved(step: Tensor | float, device: torch.device) -> Tensor | float:
+    return step.to(device) if isinstance(step, Tensor) else step
+
+
+def _bounds(frames: int, size: int) -> list[tuple[int, int]]:
+    """[start, stop) of windows of nearly one length, at most `size`."""
+    count = max(1, -(-frames // size))
+    ends = [frames * i // count for i in range(count + 1)]
+    return list(pairwise(ends))
