@@ -1,10 +1,10 @@
-"""Commands about models: train, vocode, and what the zoo has."""
+"""Commands about models: train, vocode, convert, and what the zoo has."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +126,51 @@ def vocode(inputs: tuple[Place, ...], vocoder: str, out: Path, form: str | None,
         display.say_json([{"key": one.key, "path": str(one.path), "seconds": one.seconds, "took_s": one.took_s}
                           for one in made])
         return
-    seconds, took = sum(one.seconds for one in made), sum(one.took_s for one in made)
-    display.say(f"{len(made):,} written to {out}, {display.length(seconds)} in {display.length(took)} "
-                f"({seconds / max(took, 1e-9):.1f} x real time)")
+    _say_total(made, out)
+
+
+@cli.command()
+@click.argument("inputs", nargs=-1, required=True, type=PlaceType())
+@click.option("--to", required=True, metavar="SINGER|FILE", help="A singer of the run, or a recording of anybody.")
+@click.option("--run", "run", required=True, type=click.Path(path_type=Path), help="Folder of an acoustic model.")
+@click.option("--vocoder", metavar="RUN|griffin-lim", help="Folder of a vocoder.  [default: griffin-lim]")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A .wav or .flac file, or a folder.")
+@click.option("--format", "form", type=click.Choice(["wav", "flac"]), help="Of files in a folder.  [default: wav]")
+@click.option("--key", default="auto", show_default=True, metavar="auto|N", help="Semitones up.")
+@click.option("--round", "rounding", type=click.Choice(["semitones", "octaves", "none"]), default="semitones",
+              show_default=True, help="Of an automatic key.")
+@click.option("--steps", type=click.IntRange(1), help="Of sampling.  [default: the run's]")
+@click.option("--sampler", help="ddpm, ddim, dpm-solver++; of CoMoSVC euler, heun.  [default: the run's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all that is random.")
+@DEVICE
+@click.option("--precision", type=click.Choice(["32", "bf16", "16"]), default="32", show_default=True)
+@click.option("--window", type=click.IntRange(64), default=1024, show_default=True, help="Frames at a time.")
+@click.option("--sources", type=PlaceType(), metavar="STORE", help="Where features are kept.  [default: the cache]")
+@click.option("-f", "--feature", "requests", multiple=True, metavar="NAME=REQUEST", help="What makes a feature; again.")
+@click.option("--weights", multiple=True, metavar="NAME=FILE", help="Of an encoder that is not found; again.")
+@json_option
+def convert(inputs: tuple[Place, ...], to: str, run: Path, vocoder: str | None, out: Path, form: str | None, key: str,
+            rounding: Any, steps: int | None, sampler: str | None, seed: int, device: str, precision: Any, window: int,
+            sources: Place | None, requests: tuple[str, ...], weights: tuple[str, ...], as_json: bool) -> None:
+    """Have INPUTS (recordings, folders, stores) sung by somebody else.
+
+    \b
+    Example: featstore convert song.wav --to alice --run runs/a --vocoder runs/voc -o out.wav
+    """
+    from featstore_zoo import convert as c
+
+    semitones: c.Key = "auto" if key == "auto" else _semitones(key)
+    with display.ExtractProgress() as extracting:
+        how = c.Sources(sources, dict(_pair(text, "--weights", "NAME=FILE") for text in weights),
+                        dict(_pair(text, "-f", "NAME=REQUEST") for text in requests), device, extracting)
+        made = c.files(inputs, to=to, run=run, out=out, vocoder=vocoder, key=semitones, rounding=rounding, steps=steps,
+                       sampler=sampler, seed=seed, device=device, precision=precision, window=window, form=form,
+                       how=how, progress=None if as_json else _say_made())
+    if as_json:
+        display.say_json([{"key": one.key, "path": str(one.path), "seconds": one.seconds, "took_s": one.took_s,
+                           "semitones": one.semitones, "remarks": list(one.remarks)} for one in made])
+        return
+    _say_total(made, out)
 
 
 @cli.group()
@@ -257,12 +299,27 @@ def _say_made() -> Callable[[Made, int, int], None]:
     def show(made: Made, number: int, count: int) -> None:
         click.echo(f"{number:,} of {count:,}  {made.path}  {made.seconds / max(made.took_s, 1e-9):.1f} x real time",
                    err=True)
+        for remark in made.remarks:
+            click.echo(f"  {remark}", err=True)
 
     return show
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _say_total(made: Sequence[Made], out: Path) -> None:
+    seconds, took = sum(one.seconds for one in made), sum(one.took_s for one in made)
+    display.say(f"{len(made):,} written to {out}, {display.length(seconds)} in {display.length(took)} "
+                f"({seconds / max(took, 1e-9):.1f} x real time)")
+
+
+def _semitones(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise click.UsageError(f"--key {text!r}: expected auto, or semitones such as +3 or -12") from None
+
+
+def _pair(text: str, option: str = "--set", expected: str = "FIELD=VALUE") -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise click.UsageError(f"--set {text!r}: expected FIELD=VALUE")
+        raise click.UsageError(f"{option} {text!r}: expected {expected}")
     return name.strip(), value.strip()

@@ -21,7 +21,7 @@ from .acoustic import Batch
 __all__ = ["CONTEXT", "FADE", "LEAST", "WINDOW", "Features", "conditioned", "faded", "in_windows", "joined", "local"]
 
 WINDOW = 1024  # frames of a window, some 11 s: twice what models learn from at a time
-LEAST = 128    # frames of the smallest window that is tried where memory is short
+LEAST = 64     # frames of the smallest window that is tried where memory is short
 CONTEXT = 128  # frames on either side of a window that attends
 FADE = 32      # frames over which one such window fades into the next
 

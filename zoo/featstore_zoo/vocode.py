@@ -6,13 +6,9 @@ is cut off: so a song in chunks is the song made at once, and memory does not gr
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +18,12 @@ from torch import nn
 
 import featstore as fs
 from featstore import storage
-from featstore.errors import BadRequest, CannotLoad, IdentityMismatch, MissingFeature
+from featstore.errors import BadRequest, CannotLoad
 from featstore_extractors import parse
 from featstore_extractors.signal import LogMel, MelContract, mel_filters
 
-from .run import Read, Run, check_contract, check_read, load
+from .run import Read, Run, check_contract, load
+from .sources import FORMATS, Job, Made, jobs, places, sources, write_audio
 
 Array = np.ndarray
 Precision = Literal["32", "bf16", "16"]
@@ -36,18 +33,7 @@ GRIFFIN_LIM = "griffin-lim"
 ROUNDS = 60           # of Griffin and Lim's iteration
 GRIFFIN_LIM_FRAMES = 3000  # made at once: some 30 s, 100 MB
 GRIFFIN_LIM_FADE = 16      # frames over which one piece fades into the next
-FORMATS = ("wav", "flac")
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Made:
-    """One waveform that was written. `seconds`: its length; `took_s`: how long it took."""
-
-    key: str
-    path: Path
-    seconds: float
-    took_s: float
 
 
 def synthesise(model: nn.Module, log_mel: Array, f0: Array | None = None, *, seed: int = 0, chunk: int = CHUNK,
@@ -78,7 +64,7 @@ def stream(model: nn.Module, log_mel: Array, f0: Array | None = None, *, seed: i
     for start in range(0, frames, chunk):
         stop = min(start + chunk, frames)
         begin, end = max(0, start - left), min(frames, stop + right)
-        with torch.inference_mode(), _autocast(device, precision):  # not around `yield`: it would be the caller's too
+        with torch.inference_mode(), autocast(device, precision):  # not around `yield`: it would be the caller's too
             source = vocoder.source(mel, pitch, _generator(seed), (begin, end))
             wave = vocoder.render(mel[:, begin:end].to(device), None if source is None else source.to(device))[0]
             piece = wave[(start - begin) * hop:(stop - begin) * hop].float().cpu().numpy()
@@ -92,10 +78,11 @@ def griffin_lim(log_mel: Array, contract: MelContract, *, seed: int = 0, rounds:
     What it cannot know, the phase, makes it sound hollow. It is here to compare with, and to hear features before any
     vocoder is trained.
     """
-    return np.concatenate(list(_griffin_lim(log_mel, contract, seed, rounds)))
+    return np.concatenate(list(griffin_lim_pieces(log_mel, contract, seed=seed, rounds=rounds)))
 
 
-def _griffin_lim(log_mel: Array, contract: MelContract, seed: int, rounds: int = ROUNDS) -> Iterator[Array]:
+def griffin_lim_pieces(log_mel: Array, contract: MelContract, *, seed: int = 0, rounds: int = ROUNDS
+                       ) -> Iterator[Array]:
     """Pieces of the waveform. Up to `GRIFFIN_LIM_FRAMES` are made at once, at some 30 kB each; what is longer fades
     from one piece into the next, whose phases know nothing of each other."""
     hop, size, overlap = contract.hop_length, GRIFFIN_LIM_FRAMES, GRIFFIN_LIM_FADE
@@ -162,36 +149,15 @@ def files(inputs: Sequence[str | storage.Place], vocoder: str | Path, out: Path,
     """
     run = None if str(vocoder) == GRIFFIN_LIM else load(vocoder)
     reads = _reads(run)
-    jobs = [job for one in inputs for job in _jobs(storage.place(one), reads)]
-    places = _places(jobs, out, form)
+    found = jobs(inputs, reads, "the vocoder")
+    files_of = places(found, out, form)
     model = None if run is None else on(run.model, device, compiled=compiled)
     made = []
-    for number, (job, place) in enumerate(zip(jobs, places, strict=True)):
-        found = _one(job, run, model, place, seed, chunk, precision)
-        made.append(found)
+    for number, (job, place) in enumerate(zip(found, files_of, strict=True)):
+        made.append(_one(job, run, model, place, seed, chunk, precision))
         if progress is not None:
-            progress(found, number + 1, len(jobs))
+            progress(made[-1], number + 1, len(found))
     return made
-
-
-@dataclass(frozen=True)
-class _Job:
-    """An utterance of a store, and the names under which it has the features, by role."""
-
-    store: fs.Store
-    key: str
-    names: Mapping[str, str]
-    title: str
-
-    @property
-    def contract(self) -> MelContract:
-        return MelContract.from_settings(self.store.feature(self.names["log-mel"]).spec.settings)
-
-
-def sources() -> Path:
-    """The store in which features of recordings that were given by path are kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "featstore" / "sources.zarr"
 
 
 def _reads(run: Run | None) -> dict[str, Read]:
@@ -203,117 +169,26 @@ def _reads(run: Run | None) -> dict[str, Read]:
     return wanted or {"log-mel": Read("log-mel", fs.Spec.of(LogMel(**vars(run.settings.contract))))}
 
 
-def _jobs(where: storage.Place, reads: Mapping[str, Read]) -> list[_Job]:
-    if (where / "zarr.json").exists():
-        store = fs.open(where)
-        for read in reads.values():
-            check_read(read, store, "the vocoder")
-        names = {role: read.name for role, read in reads.items()}
-        return [_Job(store, key, names, key) for key in store.utterances]
-    if not where.exists():
-        raise BadRequest(f"{where} does not exist: give recordings, folders of them, or stores")
-    if not isinstance(where, Path):
-        raise BadRequest(f"{where} is no store: of URLs only stores are taken, recordings must be on this machine")
-    return _extracted(where, reads)
-
-
-def _extracted(where: Path, reads: Mapping[str, Read]) -> list[_Job]:
-    """Jobs for a recording or a folder, whose features are brought up to date in the store of sources."""
-    corpus = _corpus(where)
-    extractors, names = {}, {}
-    for role, read in reads.items():
-        (extractor,) = parse(read.request).values()
-        if differs := read.spec.differs(fs.Spec.of(extractor)):
-            told = ", ".join(f"{name}: {was!r}, here {now!r}" for name, (was, now) in differs.items())
-            raise IdentityMismatch(f"the vocoder was trained on {read.request}, which is made otherwise here ({told}): "
-                                   "install the version of featstore that it was trained with")
-        names[role] = f"{read.spec.made_by[:40]}-{read.spec.identity[:12]}"  # as many contracts as there are vocoders
-        extractors[names[role]] = extractor
-    home = sources()
-    home.parent.mkdir(parents=True, exist_ok=True)
-    store = fs.open(home) if home.exists() else fs.create(home)
-    report = fs.extract(corpus, store, extractors, workers=0 if len(corpus) < 4 else None)
-    failed = {failure.utterance: failure.reason for failure in report.failures}
-    if failed:
-        key, reason = next(iter(failed.items()))
-        raise fs.errors.BadAudio(f"{len(failed)} recordings cannot be used, such as {key}: {reason}")
-    store.refresh()
-    single = where.is_file()
-    return [_Job(store, u.key, names, where.stem if single else u.key.partition("/")[2]) for u in corpus]
-
-
-def _corpus(where: Path) -> fs.Corpus:
-    """The recordings below a path, with keys that no other path has."""
-    place = where.resolve()
-    mark = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
-    if where.is_file():
-        return fs.Corpus(place.parent, place.name, (fs.Utterance(f"{mark}/{place.stem[:200]}", place.name),))
-    return fs.corpus(where, key=mark + "/{key}")
-
-
-def _places(jobs: Sequence[_Job], out: Path, form: str | None) -> list[Path]:
-    if form is not None and form not in FORMATS:
-        raise BadRequest(f"format {form!r}: expected one of {', '.join(FORMATS)}")
-    if not jobs:
-        raise BadRequest("nothing to do: no utterance was found")
-    if out.suffix.lower().lstrip(".") in FORMATS and not out.is_dir():
-        if len(jobs) > 1:
-            raise BadRequest(f"{out} is one file and {len(jobs)} utterances were found: name a folder")
-        return [out]
-    places = [out / f"{_safe(job.title)}.{form or 'wav'}" for job in jobs]
-    twice, count = Counter(places).most_common(1)[0]
-    if count > 1:
-        raise BadRequest(f"{count} utterances would be written to {twice}: vocode them into folders of their own")
-    return places
-
-
-def _safe(key: str) -> Path:
-    """A key as a path below a folder, whatever it holds."""
-    parts = [part.replace("\0", "") for part in key.replace("\\", "/").split("/")]
-    return Path(*[part if part not in ("", ".", "..") else "_" for part in parts])
-
-
-def _one(job: _Job, run: Run | None, model: nn.Module | None, place: Path, seed: int, chunk: int,
+def _one(job: Job, run: Run | None, model: nn.Module | None, place: Path, seed: int, chunk: int,
          precision: Precision) -> Made:
     begin = time.monotonic()
-    contract = job.contract
+    contract = MelContract.from_settings(job.store.feature(job.names["log-mel"]).spec.settings)
     if run is not None:
         check_contract(run.settings.contract, str(run.path), contract, f"{job.store.path}")
     parts = _parts(job)
     if model is None:
-        pieces = _griffin_lim(parts["log-mel"], contract, seed)
+        pieces = griffin_lim_pieces(parts["log-mel"], contract, seed=seed)
     else:
         pieces = stream(model, parts["log-mel"], parts.get("f0"), seed=seed, chunk=chunk, precision=precision)
     samples = write_audio(place, pieces, contract.sample_rate)
     return Made(job.title, place, samples / contract.sample_rate, time.monotonic() - begin)
 
 
-def _parts(job: _Job) -> dict[str, Array]:
+def _parts(job: Job) -> dict[str, Array]:
     """The utterance's features by role, on the frames of its log-mel."""
     view = job.store.view(list(job.names.values()), like=job.names["log-mel"], utterances=[job.key])
     found = view[job.key]
     return {role: found[name] for role, name in job.names.items()}
-
-
-def write_audio(place: Path, pieces: Iterator[Array], sample_rate: int) -> int:
-    """Write 16-bit audio as it comes; it appears under its name when it is whole. Returns the samples.
-
-    Samples beyond full scale are held at it; vocoders that end in tanh have none.
-    """
-    import soundfile as sf
-
-    place.parent.mkdir(parents=True, exist_ok=True)
-    staged = place.with_name(f".{place.name}.part")
-    count = 0
-    try:
-        with sf.SoundFile(staged, "w", sample_rate, 1, "PCM_16", format=place.suffix.lstrip(".").upper()) as file:
-            for piece in pieces:
-                file.write(np.clip(piece, -1.0, 1.0))
-                count += len(piece)
-        staged.replace(place)
-    finally:
-        staged.unlink(missing_ok=True)
-    return count
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -321,10 +196,11 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _autocast(device: torch.device, precision: Precision) -> Any:
+def autocast(device: torch.device, precision: Precision) -> Any:
     if precision == "32":
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, DTYPES[precision])
 
 
-__all__ = ["Made", "MissingFeature", "files", "griffin_lim", "on", "sources", "stream", "synthesise", "write_audio"]
+__all__ = ["FORMATS", "Made", "autocast", "files", "griffin_lim", "griffin_lim_pieces", "on", "sources", "stream",
+           "synthesise", "write_audio"]
