@@ -236,8 +236,7 @@ def test_a_store_is_converted_and_what_it_lacks_is_told(voices, runs, tmp_path):
         convert_store("transformer_svc")
     with pytest.raises(MissingFeature, match="reads loudness"):
         convert_store("deaf")
-    fs.extract(fs.corpus(voices.parent / "corpus"), fs.open(here), {"loudness": conversions.parse("loudness")["loudness"]},
-               workers=0)
+    fs.extract(fs.corpus(voices.parent / "corpus"), fs.open(here), conversions.parse("loudness"), workers=0)
     made = convert_store("deaf")
     assert {one.key for one in made} == set(fs.open(voices).utterances) and all(one.path.exists() for one in made)
 
