@@ -122,7 +122,7 @@ def test_any_rate_and_channels(runs, tmp_path):
 
 def song_of(conversion, source, how=None):
     (job,) = sources.jobs([source], conversion.reads, "the run", how)
-    return convert._Song(job, "edges")
+    return conversion.song(job)
 
 
 def conversion_of(runs, name="transformer_svc", to="alice", **options):
@@ -362,3 +362,11 @@ def test_weights_that_give_no_numbers_are_told(runs, short, tmp_path):
         conversion.speaker.conv_post.weight.fill_(float("inf"))
     with pytest.raises(CannotLoad, match="NaN or infinite"):
         conversion.write(job, tmp_path / "out.wav")
+
+
+def test_f0_comes_as_early_as_the_weights_learnt_it(runs, short, tmp_path):
+    conversions.acoustic(tmp_path / "early", "transformer_svc", f0_early_s=2 * 256 / RATE)
+    plain, early = (song_of(made, short).f0["f0"] for made in (conversion_of(runs), conversion_of(tmp_path, "early")))
+    np.testing.assert_allclose(early[:-2], plain[2:], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"f0_early_s 1: expected seconds"):
+        conversions.acoustic(tmp_path / "other", "transformer_svc", f0_early_s=1.0)

@@ -42,6 +42,8 @@ class AcousticConfig(VocoderConfig):
         model trained so also takes a batch that lacks some.
     melody: "continuous" log-f0 and voicing, or "coarse", Amphion's 254 bins between f0_min and f0_max on the mel scale
         (75 cents wide at 60 Hz), for weights trained with it; "none" hears no f0.
+    f0_early_s: seconds by which the f0 that the weights learnt from comes before the log-mel, as Amphion's does;
+        conversion gives it to them so. 0 where they learn here.
     loudness: "decibels", or "coarse", Amphion's 256 bins of "energy", most of which nothing reaches; or "none".
     speaker: "one-hot" is a row of the run's `singers`; "embedding" a vector of `speaker_dim` that any voice has.
     """
@@ -52,6 +54,7 @@ class AcousticConfig(VocoderConfig):
     conformer: int = 0
     content_dropout: float = 0.0
     melody: Melody = "continuous"
+    f0_early_s: float = 0.0
     f0_min: float = 50.0
     f0_max: float = 1100.0
     loudness: Loudness = "decibels"
@@ -76,6 +79,8 @@ class AcousticConfig(VocoderConfig):
         if min(self.width, self.singers, self.speaker_dim) < 1 or self.width % 2 or self.conformer < 0:
             raise ValueError(f"width {self.width} must be even and above 0, singers {self.singers} and speaker_dim "
                              f"{self.speaker_dim} at least 1, conformer {self.conformer} not negative")
+        if not abs(self.f0_early_s) <= 0.1:
+            raise ValueError(f"f0_early_s {self.f0_early_s:g}: expected seconds of at most 0.1")
         if not 0 < self.f0_min < self.f0_max or not 0 <= self.content_dropout < 1:
             raise ValueError(f"expected 0 < f0_min {self.f0_min:g} < f0_max {self.f0_max:g} and content_dropout "
                              f"{self.content_dropout:g} in [0, 1)")

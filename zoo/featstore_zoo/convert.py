@@ -11,12 +11,12 @@ all of it. Where the song is silent, so is what comes out.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -28,10 +28,12 @@ import featstore as fs
 from featstore import storage
 from featstore.errors import BadAudio, BadRequest, CannotLoad, MissingFeature, nearest
 from featstore.work import out_of_memory
+from featstore_align import align_f0
 from featstore_extractors import parse
 
 from . import vocode
 from .run import Read, Run, load
+from .singers import Singer
 from .song import LEAST, WINDOW
 from .sources import Job, Made, Sources, jobs, places, write_audio
 from .vocode import GRIFFIN_LIM, Precision
@@ -140,10 +142,15 @@ class Conversion:
             found[VOCODER_F0] = self.vocoder.settings.reads["f0"][0]
         return found
 
+    def song(self, job: Job) -> _Song:
+        """What is read of an utterance."""
+        early_s = getattr(self.run.settings.config, "f0_early_s", 0.0)
+        return _Song(job, self.run.settings.timing, early_s)
+
     def write(self, job: Job, place: Path) -> Made:
         """Convert an utterance into a file, which appears when it is whole."""
         begin, rate = time.monotonic(), self.contract.sample_rate
-        song = _Song(job, self.run.settings.timing)
+        song = self.song(job)
         semitones, remarks = self._key(song)
         song.move(semitones)
         remarks += [f"the recording is {flag}" for flag in song.flags if flag in ("clipped", "truncated")]
@@ -247,10 +254,12 @@ class Conversion:
 class _Song:
     """An utterance's features on the frames of its log-mel: thin ones whole, others frame by frame from the store.
 
+    early_s: by how much the f0 that the run hears comes before the log-mel (see `AcousticConfig`).
+
     audible: (T,) bool, where it is above silence. power: mean square there, of the song itself.
     """
 
-    def __init__(self, job: Job, timing: Any) -> None:
+    def __init__(self, job: Job, timing: Any, early_s: float = 0.0) -> None:
         self._job = job
         like = job.names["log-mel"]
         self._view = job.store.view(list(dict.fromkeys(job.names.values())), like=like, timing=timing,
@@ -266,8 +275,18 @@ class _Song:
         power = 10 ** (level[self.audible].astype(np.float64) / 10)
         self.power = float(power.mean()) if len(power) else 0.0
         self.f0 = {role: found[name].astype(np.float32) for role, name in thin.items() if role != LEVEL}
+        if early_s and "f0" in self.f0:
+            self.f0["f0"] = self._early(early_s)
         told = job.store.utterances[job.key]
         self.flags, self.seconds = told.flags, told.duration_s
+
+    def _early(self, seconds: float) -> Array:
+        """f0 (T,) as a run hears it that learnt from one which came `seconds` before the log-mel."""
+        f0: Any = self._job.store.feature(self._job.names["f0"])
+        centre_s = f0.spec.centre_s - Fraction(seconds).limit_denominator(10**6)
+        found: Array = align_f0(f0[self._job.key].as_float(), f0.frame_rate, self._view.rate, length=self.frames,
+                                source_centre_s=centre_s, target_centre_s=self._view.centre_s)
+        return found.astype(np.float32)
 
     @property
     def median_hz(self) -> float | None:
@@ -361,7 +380,7 @@ def target(run: Run, to: str | Path, how: Sources | None = None) -> Target:
         BadRequest: neither; the nearest names are told.
         BadAudio: nobody is heard in the recording.
     """
-    known = singers(run)
+    known = run.singers
     name = str(to)
     if name in known:
         return _known(run, name, known[name])
@@ -375,12 +394,12 @@ def target(run: Run, to: str | Path, how: Sources | None = None) -> Target:
     return _referred(run, Path(to), how)
 
 
-def _known(run: Run, name: str, told: Mapping[str, Any]) -> Target:
-    kind, embedding = run.settings.config.speaker, told.get("embedding")
-    if kind == "embedding" and embedding is None:
+def _known(run: Run, name: str, told: Singer) -> Target:
+    kind = run.settings.config.speaker
+    if kind == "embedding" and told.embedding is None:
         raise CannotLoad(f"{run.path}: singers.json has no embedding of {name}; give a recording instead, --to FILE")
-    return Target(name, int(told["row"]) if kind == "one-hot" else None,
-                  tuple(embedding) if kind == "embedding" and embedding else None, told.get("median_hz") or None)
+    return Target(name, told.row if kind == "one-hot" else None, told.embedding if kind == "embedding" else None,
+                  told.median_hz or None)
 
 
 def _referred(run: Run, path: Path, how: Sources | None) -> Target:
@@ -390,12 +409,6 @@ def _referred(run: Run, path: Path, how: Sources | None) -> Target:
     embedding = tuple(map(float, job.store[job.key, job.names["speaker"]].read()))
     median = _median(job.store[job.key, job.names["f0"]].read()) if "f0" in job.names else None
     return Target(path.stem, embedding=embedding, median_hz=median)
-
-
-def singers(run: Run) -> dict[str, Mapping[str, Any]]:
-    """What a run knows of its singers, by name."""
-    path = run.path / "singers.json"
-    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
 
 
 def _heard(run: Run) -> tuple[str, ...]:

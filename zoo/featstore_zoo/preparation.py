@@ -187,8 +187,8 @@ def _begun_with(first: Run, model: str) -> dict[str, Any]:
     if first.settings.model.replace("-", "_") != model.replace("-", "_"):
         raise BadRequest(f"{first.path} is a run of {first.settings.model}, and {model} was asked for: the weights "
                          "of one are none of the other's")
-    contract = {f.name for f in dataclasses.fields(MelContract)}
-    return {name: value for name, value in dataclasses.asdict(first.settings.config).items() if name not in contract}
+    left = {f.name for f in dataclasses.fields(MelContract)} | {"f0_early_s"}  # here f0 is where it belongs
+    return {name: value for name, value in dataclasses.asdict(first.settings.config).items() if name not in left}
 
 
 def _fitting(first: Run, settings: runs.Settings) -> Run:
