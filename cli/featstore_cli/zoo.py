@@ -27,13 +27,13 @@ OUT = click.option("-o", "--out", required=True, type=click.Path(path_type=Path)
 @click.argument("model")
 @click.argument("store", type=PlaceType())
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
-@click.option("--content", multiple=True, metavar="NAME", help="Content features an acoustic model hears; again.")
-@click.option("--f0", metavar="NAME|none", help="f0, where it is heard.  [default: f0]")
-@click.option("--loudness", metavar="NAME|none", help="Loudness, of acoustic models.  [default: loudness]")
-@click.option("--speaker", metavar="one-hot|NAME|none", help="Voices: numbered, by an embedding.  [default: one-hot]")
+@click.option("--content", multiple=True, metavar="NAME", help="A content feature that is heard; again.")
+@click.option("--f0", metavar="NAME", help="f0, or none.  [default: f0]")
+@click.option("--loudness", metavar="NAME", help="Loudness, or none.  [default: loudness]")
+@click.option("--speaker", metavar="NAME", help="An embedding, one-hot or none.  [default: one-hot]")
 @click.option("--mel", metavar="NAME", help="The log-mel.  [default: log-mel]")
-@click.option("--wave", metavar="NAME", help="The waveform, where it is made.  [default: wave]")
-@click.option("--split", metavar="S", help="Learn from S/train, validate on S/valid.  [default: hold out 5 %]")
+@click.option("--wave", metavar="NAME", help="The waveform.  [default: wave]")
+@click.option("--split", metavar="S", help="Learn from S/train, validate on S/valid.")
 @click.option("--init", type=click.Path(path_type=Path), metavar="RUN", help="Begin with the weights of another run.")
 @click.option("--resume", is_flag=True, help="Go on with the run in -o.")
 @click.option("-r", "--recipe", type=click.Path(path_type=Path), metavar="RECIPE",
@@ -51,7 +51,8 @@ def train(model: str, store: Place, out: Path, content: tuple[str, ...], f0: str
     """Train MODEL (see `featstore zoo ls`) on the features of STORE into a run folder.
 
     \b
-    Example: featstore train diffwavenet-svc songs.zarr --content whisper --content contentvec -o runs/a
+    Example: featstore train hifigan:v1 songs.zarr -o runs/voc --set batch=16
+             featstore train diffwavenet-svc songs.zarr -o runs/a --content whisper
              featstore train diffwavenet-svc songs.zarr -o runs/a --resume
     """
     from featstore_zoo import card, run, training

@@ -217,16 +217,12 @@ def test_distortion_of_log_mels_is_that_of_their_shape_and_not_of_their_level():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["transformer-svc", "vits-svc"])
-def test_two_processes_learn_what_one_does(songs, tmp_path, model):
-    # Noise is drawn by rank: where a model draws some, its weights are others, and only have to be there.
+def test_two_processes_learn_what_one_does(songs, tmp_path):
     for name, device in (("one", "cpu"), ("two", "cpu:0,1")):
-        prepared(tmp_path / name, songs, model, steps=2, batch=4, ema=0, dropout=0)
+        prepared(tmp_path / name, songs, steps=2, batch=4, ema=0, dropout=0)
         training.train(tmp_path / name, songs, workers=0, device=device)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys() and all(value.isfinite().all() for value in two.values())
-    if model == "transformer-svc":
-        assert all(torch.allclose(one[name], two[name], atol=5e-5) for name in one)
+    assert all(torch.allclose(one[name], two[name], atol=5e-5) for name in one)
 
 
 def test_every_acoustic_model_is_tested():

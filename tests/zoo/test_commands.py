@@ -61,6 +61,20 @@ def test_a_smoke_run_goes_on_vocodes_and_has_a_card(voices, smoke, tmp_path, mon
     assert "this model | Griffin-Lim" in text and "samples/00000003" in text
 
 
+def test_an_acoustic_model_is_trained_goes_on_and_has_a_card(songs, tmp_path):
+    out = tmp_path / "run"
+    done = run("train", "transformer-svc", songs, "-o", out, "--content", "spin", "--speaker", "voice", "--loudness",
+               "none", "--smoke", "--steps", 1, *TINY)
+    assert done.exit_code == 0 and f"{out}: 1 steps, l1 " in done.output, done.output
+    assert "leave out --content, --speaker" in refused("train", "transformer-svc", songs, "-o", out, "--resume",
+                                                       "--content", "spin", "--speaker", "none")
+    done = run("train", "transformer-svc", songs, "-o", out, "--resume", "--steps", 2, "--workers", 0)
+    assert done.exit_code == 0 and "2 steps" in done.output, done.output
+    assert "this model | mean log-mel" in (out / "README.md").read_text()
+    told = refused("train", "transformer-svc", songs, "-o", tmp_path / "other")
+    assert "say which content features" in told and "--content spin" in told
+
+
 def test_a_card_with_what_only_a_person_knows_is_complete(smoke, tmp_path):
     import shutil
 
