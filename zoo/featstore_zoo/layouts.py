@@ -18,9 +18,10 @@ from typing import Any
 from featstore.errors import BadRequest, CannotLoad
 from featstore_extractors import checkpoint
 
-from . import card, published, run
-from .published import LAYOUTS, Facts, Layout, Tensors
+from . import amphion, card, published, run
+from .published import Facts, Layout, Tensors
 
+LAYOUTS = (*published.LAYOUTS, *amphion.LAYOUTS)
 WRAPPERS = ("generator", "generator_state_dict", "model", "state_dict", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.", "generator.")
 FILES = ("bigvgan_generator.pt", "model.safetensors", "pytorch_model.bin", "model.ckpt", "model", "weights.pt")
@@ -67,16 +68,23 @@ def convert(path: Path, out: Path, extra: Mapping[str, str] | None = None) -> Co
     found = _found(Path(path))
     layout, facts = _recognised(found)
     package = run.package_of(layout.model)
-    config = _config(package, layout, facts, found, dict(extra or {}))
+    given = dict(extra or {})
+    said = {name: given.pop(name) for name in amphion.ASKS if layout.acoustic and name in given}
+    config = _config(package, layout, facts, found, given)
     if layout.check:
         layout.check(facts, config)
     model = package.Model(config)
+    more = _more(found, config, package, said) if layout.acoustic else None
     renamed = {name: tensor for old, tensor in facts.tensors.items() if (name := layout.rename(old)) is not None}
+    if more is not None:
+        _set_range(model, renamed, more)
     try:
         checkpoint.load_into(model, published.with_weight_norm(renamed, model.state_dict()), found.weights)
     except ValueError as error:
         raise CannotLoad(f"{error}. It was taken for {facts.title(layout)} weights") from error
-    made = run.create(out, run.Settings(layout.model, config, config.contract, _reads(config, package)))
+    reads = more.reads if more is not None else _reads(config, package)
+    made = run.create(out, run.Settings(layout.model, config, config.contract, reads),
+                      voices=more.singers if more is not None else None)
     run.save(made.path, made.settings, model.state_dict(), found.steps)
     made = run.load(out)
     stated = _stated_licence(found.weights)
@@ -85,12 +93,27 @@ def convert(path: Path, out: Path, extra: Mapping[str, str] | None = None) -> Co
               "for those who published them to say.", licence=" ".join([*says, layout.licence_of(facts)]).strip()
               or card.PLACEHOLDER, **({"licence_id": stated} if stated else {}))
     card.write(made)
-    return Converted(facts.title(layout), layout.model, _remarks(out, layout, config, stated))
+    return Converted(facts.title(layout), layout.model, _remarks(out, layout, config, stated, more))
+
+
+def _more(found: Found, config: Any, package: Any, said: Mapping[str, str]) -> amphion.Beside:
+    root = found.source.parent if found.source else found.weights.parent
+    return amphion.beside(root, found.settings, config, package.Model.gives, said)
+
+
+def _set_range(model: Any, tensors: Tensors, more: amphion.Beside) -> None:
+    """The range of log-mels among the tensors, where it stands here."""
+    import torch
+
+    tensors |= {name: getattr(model, name) for name in ("mel_low", "mel_high")}
+    if more.low is not None and more.high is not None:
+        tensors |= {"mel_low": torch.from_numpy(more.low), "mel_high": torch.from_numpy(more.high)}
 
 
 def _recognised(found: Found) -> tuple[Layout, Facts]:
     """The layout of these tensors, and what they say together with the settings. CannotLoad if none is known."""
-    if refusal := published.refusal(found.tensors, found.settings):
+    if refusal := (published.refusal(found.tensors, found.settings)
+                   or amphion.refusal(found.tensors, found.settings)):
         raise CannotLoad(f"{found.weights}: {refusal}")
     fitting = [layout for layout in LAYOUTS if not any(layout.misfit(found.tensors))]
     if fitting:
@@ -132,7 +155,8 @@ def _config(package: Any, layout: Layout, facts: Facts, found: Found, extra: dic
 def _alike(value: Any, example: Any) -> bool:
     """Whether a value is of the kind of an example: a number, true or false, a list of such."""
     if isinstance(example, tuple):
-        return isinstance(value, tuple) and all(_alike(item, example[0]) for item in value)
+        return isinstance(value, tuple) and (
+            not example or all(any(_alike(item, one) for one in example) for item in value))
     if isinstance(example, bool) or isinstance(value, bool):
         return isinstance(example, bool) and isinstance(value, bool)
     if isinstance(example, int):
@@ -153,8 +177,11 @@ def _reads(config: Any, package: Any) -> dict[str, tuple[run.Read, ...]]:
     return reads
 
 
-def _remarks(out: Path, layout: Layout, config: Any, stated: str) -> tuple[str, ...]:
-    remarks = [f"mels of its contract: featstore extract CORPUS STORE -r {out}", *layout.remarks(config)]
+def _remarks(out: Path, layout: Layout, config: Any, stated: str, more: amphion.Beside | None) -> tuple[str, ...]:
+    use = f"mels of its contract: featstore extract CORPUS STORE -r {out}"
+    if more is not None:
+        use = f"use it: featstore convert SONG --to {next(iter(more.singers), 'SINGER')} --run {out} -o OUT"
+    remarks = [use, *layout.remarks(config), *(more.remarks if more is not None else ())]
     if not stated:
         remarks.append("no licence stands beside the weights; what is known of the layout's is in the card")
     return tuple(remarks)

@@ -34,7 +34,7 @@ class Facts:
     """What tensors say of a model, and the settings beside them; `wrong` names the settings that contradict."""
 
     def __init__(self, tensors: Tensors, settings: Mapping[str, Any], amphion: str = "") -> None:
-        self.tensors = tensors
+        self.tensors, self.given = tensors, settings
         self.amphion = isinstance(settings.get("preprocess"), Mapping)
         self.settings = _flat(settings, amphion) if self.amphion else dict(settings)
         self.wrong: list[str] = []
@@ -87,6 +87,7 @@ class Layout:
     rename: the name of a tensor in our model; None for one that is a constant there.
     amphion: its name in Amphion's settings.
     check: raises CannotLoad where constants among the tensors are not ours.
+    acoustic: an acoustic model, beside whose weights more stands (`amphion.beside`); otherwise a vocoder.
     """
 
     title: str
@@ -101,6 +102,7 @@ class Layout:
     amphion: str = ""
     check: Callable[[Facts, Any], None] | None = None
     remarks: Callable[[Any], tuple[str, ...]] = field(default=lambda config: ())
+    acoustic: bool = False
 
     def misfit(self, tensors: Tensors) -> tuple[list[str], list[str]]:
         """What is missing, and what is there that this layout does not have."""
@@ -114,7 +116,7 @@ class Layout:
 
     def licence_of(self, facts: Facts) -> str:
         """What is known of the licence of weights that are published in this layout; "" if nothing is."""
-        return AMPHION_LICENCE if facts.amphion else self.licence
+        return AMPHION_LICENCE if facts.amphion and not self.acoustic else self.licence
 
 
 def refusal(tensors: Tensors, settings: Mapping[str, Any]) -> str:
@@ -139,7 +141,8 @@ def refusal(tensors: Tensors, settings: Mapping[str, Any]) -> str:
         return "resblock is 2, which is built here for HiFi-GAN alone, not for NSF-HiFiGAN and BigVGAN"
     if facts.has("conv_post") and (outputs := facts.shape("conv_post")[0]) != 1:
         return f"conv_post has {outputs} outputs instead of 1, as in iSTFTNet and multi-band networks: not built here"
-    if facts.amphion and facts.said("use_min_max_norm_mel"):
+    numbered = all(name.startswith(("0.", "1.")) for name in tensors)  # an acoustic model, which gives them back
+    if facts.amphion and facts.said("use_min_max_norm_mel") and not numbered and not facts.has("condition_encoder"):
         return "use_min_max_norm_mel: it hears mels scaled by the statistics of a data set, which no contract can say"
     return ""
 
@@ -302,6 +305,12 @@ def _apnet_name(name: str) -> str:
         name = name.replace(f"{old}_input_conv", f"{stream}.input").replace(f"{old}_ResNet", f"{stream}.blocks")
     return (name.replace("ASP_output_conv", "amplitude.outputs.0").replace("PSP_output_R_conv", "phase.outputs.0")
             .replace("PSP_output_I_conv", "phase.outputs.1"))
+
+
+def generator_name(name: str) -> str | None:
+    """The name of a tensor of any of Amphion's generators, which share none that means another in another."""
+    found = _bigvgan_name(name)
+    return None if found is None else _apnet_name(found)
 
 
 def _vocos(facts: Facts) -> Fields:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FORMAT = 1
+ANY = "any"  # among a spec's settings: nobody knows the digest of the weights that made it, as of imported runs
 Timing = Literal["edges", "centres"]
 
 
@@ -258,13 +259,21 @@ def check_read(read: Read, store: Store, what: str) -> None:
                              f"({nearest(read.name, store.features)}). Try: featstore extract CORPUS {store.path} "
                              f"-f {read.request}")
     held = store.features[read.name].spec
-    if held.identity == read.spec.identity:
+    if held.identity == read.spec.identity or not (differs := differing(read.spec, held)):
         return
-    told = ", ".join(f"{name}={there!r} (the run: {mine!r})"
-                     for name, (mine, there) in read.spec.differs(held).items())
+    told = ", ".join(f"{name}={there!r} (the run: {mine!r})" for name, (mine, there) in differs.items())
     raise IdentityMismatch(f"{what} reads {read.name}@{read.spec.identity[:9]}; {store.path} now serves "
                            f"{read.name}@{held.identity[:9]} with {told}. Extract the run's own beside it (-f "
                            f"other={request_of(read.spec)}), or start another run")
+
+
+def differing(mine: Spec, held: Spec) -> dict[str, tuple[Any, Any]]:
+    """The fields in which what a run reads and what there is differ; of what nobody knows, only those that are said."""
+    found = mine.differs(held)
+    if mine.settings.get("weights") != ANY:
+        return found
+    said = {"made_by", "kind", "dim", *mine.settings} - {"weights"}
+    return {name: pair for name, pair in found.items() if name in said}
 
 
 def request_of(spec: Spec) -> str:
@@ -281,7 +290,8 @@ def request_of(spec: Spec) -> str:
         known = {f.name for f in dataclasses.fields(_class_of(spec, parse))}
     except (RequestError, ImportError):
         known = set(spec.settings)
-    named = {name: value for name, value in spec.settings.items() if name in known and _plain(value)}
+    named = {name: value for name, value in spec.settings.items()
+             if name in known and name != "weights" and _plain(value)}
     return ",".join([spec.made_by, *(f"{name}={_text(value)}" for name, value in named.items())])
 
 

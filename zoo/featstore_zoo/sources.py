@@ -23,7 +23,7 @@ from featstore.errors import BadAudio, BadRequest, IdentityMismatch, MissingWeig
 from featstore.store import open_or_create
 from featstore_extractors import RequestError, parse
 
-from .run import Read, check_read, request_of
+from .run import Read, check_read, differing, request_of
 
 __all__ = ["FORMATS", "Job", "Made", "Sources", "jobs", "places", "sources", "write_audio"]
 
@@ -110,8 +110,9 @@ def _extracted(where: Path, reads: Mapping[str, Read], what: str, how: Sources) 
     corpus = _corpus(where)
     extractors, names = {}, {}
     for role, read in reads.items():
-        names[role] = f"{read.spec.made_by[:40]}-{read.spec.identity[:12]}"
-        extractors[names[role]] = _extractor(read, what, how)
+        made, spec = _extractor(read, what, how)
+        names[role] = f"{spec.made_by[:40]}-{spec.identity[:12]}"
+        extractors[names[role]] = made
     home = sources() if how.home is None else how.home
     if isinstance(home, Path):
         home.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ def _extracted(where: Path, reads: Mapping[str, Read], what: str, how: Sources) 
     return [Job(store, u.key, names, where.stem if single else u.key.partition("/")[2]) for u in corpus]
 
 
-def _extractor(read: Read, what: str, how: Sources) -> Any:
+def _extractor(read: Read, what: str, how: Sources) -> tuple[Any, fs.Spec]:
     """What makes just the feature that was read; the fields in which it cannot be had here are named."""
     try:
         (made,) = parse(f"{read.name}={how.requests.get(read.name) or request_of(read.spec)}").values()
@@ -137,24 +138,23 @@ def _extractor(read: Read, what: str, how: Sources) -> Any:
         raise BadRequest(f"{what} reads {read.name}, made by {read.spec.made_by}, which cannot be asked for here "
                          f"({error}). Say how it is made: -f {read.name}=my_module.MyExtractor") from error
     fields = {f.name for f in dataclasses.fields(made)}
-    if read.spec.weights and "weights" in fields and read.name not in how.requests:
-        more = {"dtype": read.spec.dtype} if "dtype" in fields else {}
-        made = dataclasses.replace(made, weights=how.weights.get(read.name, read.spec.weights), **more)
+    weights = how.weights.get(read.name) or read.spec.weights
+    if weights and "weights" in fields and read.name not in how.requests:
+        more = {"dtype": read.spec.dtype} if "dtype" in fields and read.spec.weights else {}
+        made = dataclasses.replace(made, weights=weights, **more)
     try:
-        differs = read.spec.differs(fs.Spec.of(made))
+        spec = fs.Spec.of(made)
     except MissingWeights as error:
-        raise MissingWeights(f"{what} needs {read.spec.made_by} weights {_short(read.spec.weights)}, not found on this "
-                             f"machine (hub cache, $FEATSTORE_WEIGHTS). Give --weights {read.name}=FILE") from error
+        known = f" {read.spec.weights[:15]}..." if read.spec.weights else ""
+        raise MissingWeights(f"{what} needs {read.spec.made_by} weights{known}, not found on this machine (hub cache, "
+                             f"$FEATSTORE_WEIGHTS). Give --weights {read.name}=FILE") from error
+    differs = differing(read.spec, spec)
     if differs:
         told = ", ".join(f"{name}: {was!r}, here {now!r}" for name, (was, now) in differs.items())
-        way = ("give the weights it was trained with" if set(differs) == {"weights"} else
+        way = ("give the weights it was trained with" if set(differs) <= {"weights", "dim"} else
                "install the version of featstore that it was trained with")
         raise IdentityMismatch(f"{what} was trained on {read.request}, which is made otherwise here ({told}): {way}")
-    return made
-
-
-def _short(digest: str | None) -> str:
-    return f"{(digest or 'unknown')[:15]}..."
+    return made, spec
 
 
 def _corpus(where: Path) -> fs.Corpus:
