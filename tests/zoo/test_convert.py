@@ -141,7 +141,7 @@ def test_key_brings_the_median_to_the_target_s(options, semitones, runs, short):
     expected = {None: round(exact), "none": exact}[options.get("rounding")] if semitones is None else semitones
     assert found == pytest.approx(expected)
     song.move(found)
-    batch = conversion._features(song)(0, song.frames)
+    batch = conversion.features(song)(0, song.frames)
     assert batch["f0"].dtype == torch.float32 and batch["mel22"].shape == (1, song.frames, 80)
     f0 = batch["f0"].numpy()
     assert np.median(f0[f0 > 0]) == pytest.approx(before * 2 ** (found / 12), rel=1e-5)

@@ -215,7 +215,7 @@ class Conversion:
     def _pieces(self, song: _Song, size: int) -> Iterator[Array]:
         """The waveform (T * hop,) of a song in pieces."""
         with torch.inference_mode(), vocode.autocast(self.device, self.precision):
-            made = self.model.song(self._features(song), song.frames, torch.Generator().manual_seed(self.seed), size)
+            made = self.model.song(self.features(song), song.frames, torch.Generator().manual_seed(self.seed), size)
         if self.model.gives == "wave":
             yield from made
             return
@@ -226,7 +226,7 @@ class Conversion:
         yield from vocode.stream(self.speaker, log_mel, song.f0.get(VOCODER_F0), seed=self.seed,
                                  chunk=min(size, vocode.CHUNK), precision=self.precision)
 
-    def _features(self, song: _Song) -> Callable[[int, int], dict[str, Tensor]]:
+    def features(self, song: _Song) -> Callable[[int, int], dict[str, Tensor]]:
         """Frames [begin, end) of a song as the model takes them."""
         who: dict[str, Tensor] = {}
         if self.target.row is not None:
