@@ -1,23 +1,26 @@
-"""Metrics: exact truths, order of arguments, silence."""
+"""Metrics: exact truths, order of arguments, silence, and what published packages say of the same recordings."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from metric_pairs import PAIRS, f0, pair
 
-from featstore_zoo import metrics
+from featstore_zoo import amphion_metrics as amphion
+from featstore_zoo import dtw, metrics
 
 RATE = 16000
+PUBLISHED = json.loads((ROOT / "tests" / "data" / "metric_references.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def sentence():
     """A second and a half of a real voice, 16 kHz."""
     sf = pytest.importorskip("soundfile")
-    from conftest import ROOT
-
     wave, rate = sf.read(ROOT / "examples" / "corpus" / "vctk_p225" / "p225_003.flac", dtype="float32")
     assert rate == RATE
     return wave[RATE:RATE * 5 // 2]
@@ -80,10 +83,17 @@ def test_f0_of_two_grids_is_refused():
 def test_silence_is_never_a_perfect_score(sentence):
     pytest.importorskip("pesq")
     silence = np.zeros_like(sentence)
-    values = [metrics.mel_cepstral_distortion(silence, silence, RATE), metrics.multi_resolution_stft(silence, silence),
-              metrics.pesq(silence, silence, RATE), metrics.f0_correlation(silence, silence),
-              metrics.f0_rmse(silence, silence), metrics.multi_resolution_stft(sentence, silence)]
+    of_waves = [metrics.mel_cepstral_distortion(silence, silence, RATE), metrics.pesq(silence, silence, RATE),
+                metrics.multi_resolution_stft(silence, silence), metrics.si_sdr(silence, silence),
+                metrics.stoi(silence, silence, RATE)]
+    of_f0 = [metric(silence, silence) for metric in (metrics.f0_correlation, metrics.f0_rmse, metrics.voicing_error,
+                                                     metrics.voicing_f1, metrics.gross_pitch_error)]
+    others = [metrics.multi_resolution_stft(sentence, silence), metrics.speaker_similarity(silence, silence),
+              metrics.correlation(*[metrics.level(silence, RATE)] * 2), metrics.rmse(silence[:0], silence[:0])]
+    values = of_waves + of_f0 + others
     assert all(map(math.isnan, values))
+    assert all(isinstance(value, metrics.Undefined) and value.reason for value in values)
+    assert others[0].reason == "the converted recording is silent"
 
 
 def test_spectral_distance_is_zero_for_equal_waveforms_and_grows_with_noise(sentence):
@@ -96,3 +106,119 @@ def test_spectral_distance_is_zero_for_equal_waveforms_and_grows_with_noise(sent
 def test_pesq_of_equal_speech_is_its_best(sentence):
     pytest.importorskip("pesq")
     assert metrics.pesq(sentence, sentence, RATE) == pytest.approx(4.64, abs=0.01)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_metrics_are_those_of_published_packages(name):
+    """torchmetrics, mir_eval, pystoi, pesq; auraloss mirrors the ends of a signal where we have silence."""
+    pytest.importorskip("pystoi")
+    pytest.importorskip("pesq")
+    one, other = pair(name)
+    pitches = [f0(wave) for wave in (one, other)]
+    count = min(map(len, pitches))
+    x, y = (pitch[:count] for pitch in pitches)
+    found = {"voicing error": metrics.voicing_error(x, y), "voicing f1": metrics.voicing_f1(x, y),
+             "f0 correlation": metrics.f0_correlation(x, y), "f0 rmse cents": metrics.f0_rmse(x, y),
+             "f0 rmse Hz": metrics.f0_rmse(x, y, unit="Hz"), "si-sdr": metrics.si_sdr(one, other),
+             "stoi": metrics.stoi(one, other, RATE), "pesq": metrics.pesq(one, other, RATE)}
+    published = PUBLISHED[name]
+    assert found == pytest.approx({key: published[key] for key in found}, rel=1e-4)
+    assert metrics.multi_resolution_stft(one, other) == pytest.approx(published["multi-resolution stft"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_with_amphions_definitions_metrics_are_amphions(name):
+    """pymcd with fastdtw; librosa's warping and torchmetrics on curves."""
+    one, other = pair(name)
+    x, y = f0(one), f0(other)
+    found = {"amphion mcd": amphion.mel_cepstral_distortion(one, other, RATE), "amphion f0rmse": amphion.f0_rmse(x, y),
+             "amphion fpc": amphion.f0_correlation(x, y), "amphion f0rmse Hz": amphion.f0_rmse(x, y, subtract=False),
+             "amphion v_uv_f1": amphion.voicing_f1(x, y),
+             "amphion energy_rmse": amphion.energy_rmse(one, other, RATE),
+             "amphion energy_pc": amphion.energy_correlation(one, other, RATE)}
+    assert found == pytest.approx({key: PUBLISHED[name][key] for key in found}, rel=1e-3)
+
+
+def test_equal_signals_are_perfect(sentence):
+    pytest.importorskip("pystoi")
+    pitch = f0(sentence)
+    curves = metrics.periodicity(sentence, RATE), metrics.level(sentence, RATE)
+    assert len(curves[0]) == len(curves[1]) == len(pitch)
+    assert metrics.f0_correlation(pitch, pitch) == 1
+    assert [metrics.rmse(curve, curve) for curve in curves] == [0, 0]
+    assert metrics.correlation(curves[1], curves[1]) == 1
+    assert metrics.voicing_error(pitch, pitch) == 0 and metrics.voicing_f1(pitch, pitch) == 1
+    assert metrics.gross_pitch_error(pitch, pitch) == 0
+    assert metrics.si_sdr(sentence, 0.5 * sentence) == metrics.MOST_DB
+    assert metrics.stoi(sentence, sentence, RATE) == pytest.approx(1)
+    assert metrics.speaker_similarity(pitch, 2 * pitch) == pytest.approx(1)
+
+
+def test_gross_errors_are_farther_off_than_a_fifth():
+    one = np.array([100.0, 100, 100, 100, 0, 100])
+    assert metrics.gross_pitch_error(one, np.array([100.0, 119, 121, 50, 100, 0])) == 0.5
+
+
+def test_a_tone_is_periodic_noise_is_not_and_silence_is_nothing():
+    time = np.arange(RATE) / RATE
+    tone = sum(np.sin(2 * np.pi * k * 220 * time) / k for k in range(1, 6))
+    assert metrics.periodicity(0.1 * tone, RATE)[10:-10].min() > 0.98
+    assert metrics.periodicity(np.random.default_rng(0).standard_normal(RATE), RATE)[10:-10].mean() < 0.5
+    assert metrics.periodicity(np.zeros(RATE), RATE).max() == 0
+
+
+def test_level_is_that_of_full_scale_and_has_a_floor():
+    time = np.arange(RATE) / RATE
+    assert metrics.level(np.sin(2 * np.pi * 1000 * time), RATE)[10:-10] == pytest.approx(-3.01, abs=0.01)
+    assert metrics.level(np.zeros(RATE), RATE) == pytest.approx(-80)
+
+
+def test_frechet_distance_of_shifted_and_of_other_embeddings():
+    linalg = pytest.importorskip("scipy.linalg")
+    rng = np.random.default_rng(0)
+    one, other = rng.standard_normal((200, 4)), rng.standard_normal((300, 4)) @ rng.standard_normal((4, 4))
+    assert metrics.frechet_distance(one, one + 3) == pytest.approx(4 * 9)
+    c, d = np.cov(one.T), np.cov(other.T)
+    expected = (np.square(one.mean(0) - other.mean(0)).sum() + np.trace(c + d - 2 * linalg.sqrtm(c @ d).real))
+    assert metrics.frechet_distance(one, other) == pytest.approx(expected)
+    assert math.isnan(metrics.frechet_distance(one[:1], other))
+
+
+def test_warping_finds_the_cheapest_path():
+    librosa = pytest.importorskip("librosa")
+    rng = np.random.default_rng(0)
+    one, other = rng.standard_normal((60, 3)).cumsum(0), rng.standard_normal((75, 3)).cumsum(0)
+    costs, _ = librosa.sequence.dtw(one.T, other.T, metric="euclidean")
+    pairs = dtw.path(one, other)
+    assert np.linalg.norm(np.subtract(*metrics.along(pairs, one, other)), axis=1).sum() == pytest.approx(costs[-1, -1])
+    assert pairs[0].tolist() == [0, 0] and pairs[-1].tolist() == [59, 74]
+    assert np.diff(pairs, axis=0).max() == 1 and np.diff(pairs, axis=0).min() == 0
+
+
+@pytest.mark.parametrize("rows", [60, 61, 7, 1])
+def test_warping_near_a_coarser_path_is_warping_where_that_path_is_right(rows):
+    rng = np.random.default_rng(1)
+    one = np.repeat(rng.standard_normal((rows, 2)).cumsum(0), 2, axis=0)[:rows]
+    other = np.repeat(one, 2, axis=0)
+    pairs = dtw.path(one, other, radius=3)
+    assert np.linalg.norm(np.subtract(*metrics.along(pairs, one, other)), axis=1).max() < 1e-12
+
+
+def test_long_sequences_are_warped_in_bounded_memory(monkeypatch):
+    rng = np.random.default_rng(2)
+    one = rng.standard_normal((900, 4)).cumsum(0)
+    other = np.concatenate([one[:300], np.repeat(one[300:310], 4, axis=0), one[310:]])
+    exact = dtw.path(one, other)
+    monkeypatch.setattr(dtw, "EXACT", 200_000)
+    assert np.array_equal(dtw.path(one, other), exact)
+
+
+def test_the_order_of_a_pair_does_not_matter(sentence):
+    other = pair("noise")[1][:len(sentence)]
+    both = [metrics.mel_cepstral_distortion(*waves, RATE) for waves in ((sentence, other), (other, sentence))]
+    assert both[0] == pytest.approx(both[1], rel=1e-12)
+
+
+def test_frames_of_other_channels_are_refused():
+    with pytest.raises(ValueError, match="expected some of each, with equal channels"):
+        dtw.path(np.zeros((3, 2)), np.zeros((3, 4)))
