@@ -21,6 +21,8 @@ import numpy as np
 from llvmlite import binding, ir
 from numba.extending import intrinsic
 
+from .code_cache import guard
+
 if numba.config.DISABLE_JIT:
     raise ImportError("numba is switched off")
 if platform.machine() in ("x86_64", "AMD64"):
@@ -98,6 +100,7 @@ def _mix(x: np.ndarray, shift: np.ndarray, start: np.ndarray, stop: np.ndarray, 
                     y[d] = _narrow(wide + total, b[d])
 
 
+guard()
 try:
     mix = numba.njit(_mix, nogil=True, error_model="numpy", cache=True)
 except RuntimeError:  # nowhere to keep the code: it is compiled anew in every process

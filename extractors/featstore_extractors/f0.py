@@ -9,7 +9,6 @@ their network, on a GPU too, and give for each what they give for it alone.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import math
 import sys
@@ -263,10 +262,9 @@ def _alike(waves: Sequence[np.ndarray], budget: int) -> Iterator[list[int]]:
 
 def _imported(package: str, tracker: str, extra: str) -> Any:
     try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"f0 tracker {tracker} needs {error.name}, which is not installed: "
-                          f"pip install 'featstore[{extra}]'") from None
+        return imports.required(package, extra)
+    except ImportError as error:
+        raise ImportError(f"f0 tracker {tracker}: {error}") from None
 
 
 # WORLD (Morise 2017, "Harvest"; Morise, Kawahara and Katayose 2009, "DIO"), MIT-like, through pyworld

@@ -1,8 +1,9 @@
-"""Packages that are imported when first needed, and three that need a hand.
+"""Packages that are imported when first needed, and some that need a hand.
 
 Two released packages break imports on an otherwise sound machine: the PyPI build of torchaudio links CUDA libraries and
 raises OSError beside a CPU build of torch, which takes every speech model of transformers down with it; and setuptools
-82 removed pkg_resources, which pyworld and webrtcvad import for nothing but their own version number.
+82 removed pkg_resources, which pyworld and webrtcvad import for nothing but their own version number. And librosa
+compiles code as it is imported, which processes must do in turn.
 """
 
 from __future__ import annotations
@@ -17,9 +18,15 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
+from featstore_align.code_cache import guard
+
+COMPILING = ("librosa", "resemblyzer", "torchcrepe", "torchfcpe")  # librosa, and what imports it
+
 
 def required(module: str, extra: str) -> Any:
     """The imported module; ImportError that names the extra which brings it, where it is not installed."""
+    if module.partition(".")[0] in COMPILING:
+        guard()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

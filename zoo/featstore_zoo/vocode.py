@@ -20,6 +20,7 @@ import featstore as fs
 from featstore import storage
 from featstore.errors import BadRequest, CannotLoad
 from featstore_extractors import parse
+from featstore_extractors.imports import required
 from featstore_extractors.signal import LogMel, MelContract, mel_filters
 
 from .run import Read, Run, check_contract, load
@@ -99,8 +100,7 @@ def griffin_lim_pieces(log_mel: Array, contract: MelContract, *, seed: int = 0, 
 
 
 def _phases_found(log_mel: Array, contract: MelContract, seed: int, rounds: int) -> Array:
-    import librosa
-
+    librosa = required("librosa", "signal")
     base = math.e if contract.log_base == "e" else 10.0
     mel = np.power(base, np.asarray(log_mel, np.float64)).T
     inverse = np.linalg.pinv(np.asarray(mel_filters(contract), np.float64))
