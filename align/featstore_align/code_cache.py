@@ -1,9 +1,10 @@
-"""Compiled code that several processes keep in one place: numba's cache on disk, one writer at a time.
+"""Compiled code that several processes keep in one place: numba's cache on disk, one process at a time.
 
 numba numbers the variants of a function (one for float32, one for float64 ...) by what its index holds, and writes the
-index before the code. Two processes that do so at once can give two variants one number, and from then on every process
-runs the code of the wrong one: it crashes, and goes on crashing until the cache is deleted. Three processes that
-imported librosa at once, for the first time on a machine, ended so in 2 of 12 trials.
+index before the code; and for a ufunc it keeps code and the way into it apart, under names that differ from process to
+process. Two processes that compile at once can leave one's index with the other's code. From then on every process
+calls the wrong code, or none: it crashes, and goes on crashing until the cache is deleted. Three processes importing
+librosa at once, for the first time on a machine, ended so in 3 of 20 trials.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MARK = "_one_writer_at_a_time"
 
 
 def guard() -> None:
-    """Makes numba take turns at its cache. Call it before anything is imported that compiles with numba and keeps it.
+    """Makes numba take turns at its index. Call it before anything is compiled by a function of several variants.
 
     Nothing where numba is not installed, or where it keeps its code in another way than it is known to.
     """
@@ -37,17 +38,17 @@ def guard() -> None:
 def _in_turn(method: Callable[..., Any], how: int) -> Callable[..., Any]:
     @wraps(method)
     def turn(self: Any, *args: Any) -> Any:
-        with _locked(getattr(self, "_cache_path", None), how):
+        with locked(getattr(self, "_cache_path", ""), how):
             return method(self, *args)
 
     return turn
 
 
 @contextlib.contextmanager
-def _locked(folder: str | None, how: int) -> Iterator[None]:
-    """Holds the lock of a folder; none where there is no folder yet, or a file system that has no such locks."""
+def locked(folder: str, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Holds the lock of a folder; none where there is no such folder, or a file system without locks on folders."""
     try:
-        held = os.open(folder or "", os.O_RDONLY)
+        held = os.open(folder, os.O_RDONLY)
     except OSError:
         yield
         return

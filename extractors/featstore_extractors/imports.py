@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-from featstore_align.code_cache import guard
+from featstore_align import code_cache
 
 COMPILING = ("librosa", "resemblyzer", "torchcrepe", "torchfcpe")  # librosa, and what imports it
 
@@ -26,11 +26,21 @@ COMPILING = ("librosa", "resemblyzer", "torchcrepe", "torchfcpe")  # librosa, an
 def required(module: str, extra: str) -> Any:
     """The imported module; ImportError that names the extra which brings it, where it is not installed."""
     if module.partition(".")[0] in COMPILING:
-        guard()
+        _compiled_in_turn()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is needed and not installed: pip install 'featstore[{extra}]'") from None
+
+
+def _compiled_in_turn() -> None:
+    """Imports what of librosa is compiled by that, in one process after another: the first one compiles for all."""
+    found = importlib.util.find_spec("librosa")
+    if "librosa.util.utils" in sys.modules or found is None or not found.submodule_search_locations:
+        return
+    code_cache.guard()
+    with code_cache.locked(found.submodule_search_locations[0]):
+        importlib.import_module("librosa.util.utils")
 
 
 def without_broken_torchaudio() -> None:
