@@ -242,10 +242,10 @@ def test_windows_equal_the_whole_bit_for_bit(tracker, shared):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", [{}, {"sample_rate": 24_000, "hop": 256}, {"sample_rate": 44_100, "hop": 441}])
+@pytest.mark.parametrize("grid", [{}, {"sample_rate": 22_050, "hop": 256}])
 def test_harvest_in_windows_is_voiced_where_the_whole_is_and_within_a_hundredth_of_a_hz(grid, shared):
     f0, run = loaded("harvest", **grid)
-    wave = long_song(shared, f0.sample_rate, 65)
+    wave = long_song(shared, f0.sample_rate, 45)
     whole, windows = run([wave])[0], pieces(f0, run, wave)
     np.testing.assert_array_equal(windows > 0, whole > 0)
     # harvest subtracts the mean of what it is given, and that of a window is another: 0.003 Hz seen
@@ -255,7 +255,7 @@ def test_harvest_in_windows_is_voiced_where_the_whole_is_and_within_a_hundredth_
 @pytest.mark.slow
 def test_crepe_in_windows_differs_by_the_rounding_of_its_network_alone(shared):
     f0, run = loaded("crepe")
-    wave = long_song(shared, f0.sample_rate, 50)
+    wave = long_song(shared, f0.sample_rate, 41)
     whole, windows = run([wave])[0], pieces(f0, run, wave)
     np.testing.assert_array_equal(windows > 0, whole > 0)
     # torch sums in another order for another batch when it has several threads: 1.5e-5 Hz seen

@@ -90,7 +90,7 @@ def test_touch_redoes_nothing_a_change_redoes_one_and_a_setting_stops(tmp_path: 
 
 
 def test_ten_kills_and_a_rerun_give_the_store_of_an_undisturbed_run(tmp_path: Path, shared: Path) -> None:
-    corpus = link_some(shared, tmp_path / "wavs", 4)
+    corpus = link_some(shared, tmp_path / "wavs", 9)
     assert finish(corpus, tmp_path / "whole.zarr").returncode == 0
     rng, kept = np.random.default_rng(11), {}
     store = tmp_path / "killed.zarr"
@@ -98,7 +98,7 @@ def test_ten_kills_and_a_rerun_give_the_store_of_an_undisturbed_run(tmp_path: Pa
         process = subprocess.Popen(command(corpus, store, "--commit-every", "0.5"), start_new_session=True,
                                    env=os.environ | {"PYTHONPATH": ROOTS}, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.3, 6))
+        time.sleep(rng.uniform(0.3, 4))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if (store / "zarr.json").exists():
