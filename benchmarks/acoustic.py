@@ -79,15 +79,23 @@ SEMITONES = 4
 COMMON: dict[str, Any] = {"batch": 8, "frames": 96, "ema": 0.98, "weight_decay": 0.0, "decay": 0.5, "decay_every": 1000,
                           "validate_every": 10**6, "save_every": 10**6, "valid_utterances": 0, "dropout": 0.0,
                           "width": 64, "learning_rate": 1e-3}
-STACK = {"channels": 96, "layers": 8, "step_dim": 64, "step_hidden": 128}
+STACK = {"channels": 128, "layers": 6, "step_dim": 64, "step_hidden": 128}  # noise passes, of 100 bands
 LEARN: dict[str, dict[str, Any]] = {
-    "diffwavenet-svc": STACK | {"steps": 2500, "decay_every": 800},
-    "transformer-svc": {"layers": 3, "hidden": 128, "steps": 1500, "decay_every": 500},
-    "como-svc": STACK | {"encoder_layers": 2, "hidden": 128, "steps": 1500},
+    "diffwavenet-svc": STACK | {"steps": 2000, "decay_every": 600, "learning_rate": 2e-3},
+    "transformer-svc": {"layers": 3, "hidden": 128, "steps": 900, "decay_every": 300},
+    "como-svc": STACK | {"encoder_layers": 2, "hidden": 128, "steps": 1200, "decay_every": 400},
+    "como-svc:student": {"steps": 500},
     "vits-svc": {"latent": 64, "hidden": 128, "prior_layers": 2, "posterior_layers": 4, "flow_layers": 2, "flows": 2,
                  "speaker_width": 16, "slice_frames": 24, "generator_fields": [["channels", 64], ["block_kernels", [3]],
                                                                                ["block_dilations", [[1, 3]]]],
-                 "discriminators": [], "steps": 2500},
+                 "discriminators": [], "steps": 1500, "decay_every": 500, "learning_rate": 2e-3},
+}
+SAMPLERS: dict[str, list[dict[str, Any]]] = {
+    "diffwavenet-svc": [{"sampler": "dpm-solver++", "sampling_steps": steps} for steps in (5, 10, 20, 100)]
+    + [{"sampler": "ddim", "sampling_steps": steps} for steps in (10, 100)]
+    + [{"sampler": "ddpm", "sampling_steps": 100}],
+    "como-svc": [{"sampling_steps": steps} for steps in (10, 40)],
+    "como-svc:student": [{"sampling_steps": steps} for steps in (1, 4)],
 }
 VOCODER: dict[str, Any] = {"channels": 64, "block_kernels": [3], "block_dilations": [[1, 3]], "discriminators": [],
                            "batch": 4, "frames": 32, "ema": 0.98, "weight_decay": 0.0, "decay": 0.5,
@@ -124,12 +132,12 @@ def melody(home: Path, key: str, count: int) -> Array:
     return np.where(at < len(f0), f0[np.minimum(at, len(f0) - 1)], 0)
 
 
-def learnt(home: Path, name: str, store: fs.Store, **more: Any) -> runs.Run:
+def learnt(home: Path, name: str, store: fs.Store, init: Path | None = None, **more: Any) -> runs.Run:
     """The run of a small model that was trained on all of a store."""
-    config = find(name).Config
+    config = find(name.partition(":")[0]).Config
     known = {*config.__dataclass_fields__, *training.Training.__dataclass_fields__}
     fields = {field: value for field, value in (COMMON | LEARN[name] | more).items() if field in known}
-    run = training.prepare(home, store, name, fields=fields, content=["cepstra"])
+    run = training.prepare(home, store, name, fields=fields, content=["cepstra"], init=init)
     training.train(home, store.path, workers=0)
     return runs.load(run.path)
 
@@ -195,30 +203,65 @@ def learn(names: list[str], out: Path) -> None:
         contract = MelContract.from_settings(store.feature("log-mel").spec.settings)
         begin = time.process_time()
         speaker = vocoder(home / "vocoder", store)
-        print(f"{len(store.utterances)} clips of {SINGERS} singers, {store.utterances.hours * 3600:.0f} s; log-mel L1")
-        said = f"vocoder         {VOCODER['steps']:5} {time.process_time() - begin:6.0f}"
-        print(f"{'':15} {'steps':>5} {'CPU s':>6} {'mean mel':>9} {'made':>6} {'ratio':>6} {'other content':>14} "
-              f"{'F0CORR':>7} {'+4 gives':>9}\n{said}", flush=True)
+        seconds = store.utterances.hours * 3600
+        print(f"{len(store.utterances)} clips of {SINGERS} singers, {seconds:.0f} s; log-mel L1\n")
+        print(f"{'':16} {'steps':>5} {'CPU s':>6} {'mean mel':>9} {'made':>6} {'ratio':>6} {'other content':>14} "
+              f"{'F0CORR':>7} {'+4 gives':>9}\n{'vocoder':16} {VOCODER['steps']:5} {time.process_time() - begin:6.0f}",
+              flush=True)
+        sampled = []
         for name in names:
             begin = time.process_time()
-            run = learnt(home / name, name, store)
+            run = learnt(home / name.replace(":", "-"), name, store, **_first(home, name))
             took = time.process_time() - begin
-            print(_row(name, run, heard(run, store), speaker, contract, home, took), flush=True)
+            clips = heard(run, store)
+            print(_row(name, run, clips, speaker, contract, home, took), flush=True)
+            sampled += _sampled(name, run, clips, contract)
+            key = sorted(clips)[0]
+            pair = clips[key]["log-mel"], mels_of(run.model, {key: clips[key]}, contract)[key]
+            validation.spectrograms(pair, contract).savefig(out / f"{name.replace(':', '-')}.png", dpi=100)
+        if sampled:
+            print("\nMCD from log-mels of all clips, dB\n\n" + "\n".join(sampled))
+
+
+def _first(home: Path, name: str) -> dict[str, Any]:
+    """What a student begins with."""
+    return {"init": home / name.partition(":")[0]} if name.endswith(":student") else {}
+
+
+def _sampled(name: str, run: runs.Run, clips: dict[str, dict[str, Array]], contract: MelContract) -> list[str]:
+    """A line for each way to sample, beside the mean log-mel."""
+    lines = [f"{'mean log-mel':32} {_mcd(mean_mel(clips), clips, contract):6.2f}"] if name in SAMPLERS else []
+    for changes in SAMPLERS.get(name, []):
+        run.model.set_sampling(**changes)
+        told = f"{name} {' '.join(str(value) for value in changes.values())}"
+        lines.append(f"{told:32} {_mcd(mels_of(run.model, clips, contract), clips, contract):6.2f}")
+    return lines
+
+
+def _mcd(made: Mapping[str, Array], clips: Mapping[str, dict[str, Array]], contract: MelContract) -> float:
+    return float(np.mean([metrics.mel_distortion(clip["log-mel"], made[key], contract) for key, clip in clips.items()]))
+
+
+def mean_mel(clips: Mapping[str, dict[str, Array]]) -> dict[str, Array]:
+    """Key -> the mean log-mel of all clips, as often as the clip has frames: what knows nothing of what is sung."""
+    mean = np.concatenate([clip["log-mel"] for clip in clips.values()]).mean(0)
+    return {key: np.broadcast_to(mean, clip["log-mel"].shape) for key, clip in clips.items()}
 
 
 def _row(name: str, run: runs.Run, clips: dict[str, dict[str, Array]], speaker: Any, contract: MelContract, home: Path,
          took: float) -> str:
     rate = contract.sample_rate
-    mean = np.concatenate([clip["log-mel"] for clip in clips.values()]).mean(0)
-    worst = error({key: np.broadcast_to(mean, clip["log-mel"].shape) for key, clip in clips.items()}, clips)
+    worst = error(mean_mel(clips), clips)
     made = error(mels_of(run.model, clips, contract), clips)
     astray = error(mels_of(run.model, of_others(clips), contract), clips)
     found = tracks(waves_of(run.model, speaker, clips), rate)
     exact = {key: melody(home, key, len(track)) for key, track in found.items()}
     corr = metrics.f0_correlation(*(np.concatenate(list(side.values())) for side in (exact, found)))
     higher = tracks(waves_of(run.model, speaker, moved(clips, SEMITONES)), rate)
-    medians = [float(np.median(np.concatenate([t[t > 0] for t in side.values()]))) for side in (found, higher)]
-    return (f"{name:15} {run.steps:5} {took:6.0f} {worst:9.2f} {made:6.2f} {made / worst:6.2f} "
+    low, high = (np.concatenate(list(side.values())) for side in (found, higher))
+    both = (low > 0) & (high > 0)
+    medians = float(np.median(low[both])), float(np.median(high[both]))
+    return (f"{name:16} {run.steps:5} {took:6.0f} {worst:9.2f} {made:6.2f} {made / worst:6.2f} "
             f"{astray:6.2f} {astray / made - 1:+6.0%} {corr:7.3f} {12 * np.log2(medians[1] / medians[0]):+9.2f}")
 
 
@@ -388,7 +431,7 @@ def main() -> None:
         train(asked.only or list(MODELS), asked.steps, asked.device, asked.compile)
     else:
         torch.set_num_threads(1)  # layers this small lose more by sharing
-        learn(asked.only or list(MODELS), asked.out)
+        learn(asked.only or list(LEARN), asked.out)
 
 
 if __name__ == "__main__":

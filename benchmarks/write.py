@@ -39,6 +39,9 @@ COMMANDS = {  # section: what is run for it
     "vocoder training": "vocoders.py train",
     "vocoder learning": "vocoders.py learn",
     "vocoder memory": "vocoders.py memory",
+    "acoustic sampling": "acoustic.py sampling",
+    "acoustic training": "acoustic.py train",
+    "acoustic learning": "acoustic.py learn",
 }
 LIBRARIES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # where a machine sets them, a current numpy is slowed down
 

@@ -346,13 +346,14 @@ def _held_out(store: fs.Store, training: Training, spare: bool) -> list[str]:
     count = min(max(1, len(ranked) // 20), training.valid_utterances)
     if not spare:
         return ranked[:count] if len(ranked) > 1 else []
-    left = Counter(utterance.speaker for utterance in store.utterances.read_all())
-    chosen: list[str] = []
-    for key in ranked:
-        speaker = store.utterances[key].speaker
-        if len(chosen) < count and left[speaker] > 1:
+    speakers = {facts["key"]: facts.get("speaker") for facts, _ in store.utterances.facts()}
+    left, chosen = Counter(speakers.values()), []
+    for key in ranked if count else ():
+        if left[speakers[key]] > 1:
             chosen.append(key)
-            left[speaker] -= 1
+            left[speakers[key]] -= 1
+        if len(chosen) == count:
+            break
     return chosen
 
 

@@ -72,10 +72,11 @@ def by_singer(store: Store, keys: Iterable[str], *, needed: bool) -> dict[str, l
 
     needed: whether each utterance must have one; BadRequest says which has none.
     """
+    speakers = {facts["key"]: facts.get("speaker") for facts, _ in store.utterances.facts()}  # one pass over them
     found: dict[str, list[str]] = {}
     unknown = []
     for key in keys:
-        speaker = store.utterances[key].speaker
+        speaker = speakers.get(key)
         if speaker:
             found.setdefault(speaker, []).append(key)
         else:
