@@ -186,6 +186,20 @@ def test_what_cannot_be_heard_is_told_before_anything_is_written(songs, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_voices_are_not_numbered_where_nobody_says_whose_they_are(songs, tmp_path):
+    store, bare = fs.open(songs), fs.create(tmp_path / "bare.zarr")
+    with bare.writer() as writer:
+        for name in ("log-mel", "spin"):
+            writer.declare(name, store.feature(name).spec)
+            for key in store.utterances:
+                writer.write(key.replace("/", "-"), name, store[key, name][:])
+    plain = {"f0": "none", "loudness": "none"}
+    with pytest.raises(BadRequest, match=r"utterances of .* have no speaker, such as vctk.*--speaker none"):
+        prepared(tmp_path / "run", tmp_path / "bare.zarr", names=plain)
+    made = prepared(tmp_path / "run", tmp_path / "bare.zarr", names=plain, speaker="none")
+    assert made.settings.config.reads == ("spin",) and made.singers == {}
+
+
 def test_singers_that_training_lacks_cannot_be_validated_on_by_number(songs, tmp_path):
     shutil.copytree(songs, tmp_path / "copy.zarr")
     fs.split(fs.open(tmp_path / "copy.zarr"), "main", by="speaker", valid="40%", test=0)

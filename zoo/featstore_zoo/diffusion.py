@@ -222,9 +222,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor, step: Tensor, told: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         heard = x + step[..., None]
         heard = heard if keep is None else heard * keep
-        value, gate = (self.gau["conv"](heard) + told).chunk(2, 1)
-        residual, skip = self.out_proj(value.tanh() * gate.sigmoid()).chunk(2, 1)
-        return (x + residual) / math.sqrt(2), skip
+        residual, skip = self.out_proj(gated(self.gau["conv"](heard).add_(told))).chunk(2, 1)
+        return (x + residual).div_(math.sqrt(2)), skip
+
+
+def gated(x: Tensor) -> Tensor:
+    """tanh of the first half of (B, 2 C, T) times the sigmoid of the second; x is used up where nothing is learnt."""
+    value, gate = x.chunk(2, 1)
+    if x.requires_grad:
+        return value.tanh() * gate.sigmoid()
+    return value.tanh_().mul_(gate.sigmoid_())
 
 
 class Stack(nn.Module):
@@ -283,6 +290,6 @@ class Denoiser(nn.Module):
         total = torch.zeros_like(y)
         for block, heard in zip(net.residual_blocks, told, strict=True):
             y, skip = block(y, step, heard, keep)
-            total = total + skip
+            total = total + skip if skip.requires_grad else total.add_(skip)
         made: Tensor = net.out_proj(total / math.sqrt(len(told))).transpose(1, 2)
         return made
