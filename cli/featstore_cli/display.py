@@ -104,6 +104,10 @@ class ExtractProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar away, for other lines to follow."""
         if self._bar is not None:
             self._bar.stop()
 

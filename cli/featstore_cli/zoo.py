@@ -14,6 +14,7 @@ from . import cli, display
 from .request import PlaceType, json_option, open_store
 
 if TYPE_CHECKING:
+    from featstore import Progress
     from featstore.storage import Place
     from featstore_zoo.training import Told
     from featstore_zoo.vocode import Made
@@ -161,7 +162,12 @@ def convert(inputs: tuple[Place, ...], to: str, run: Path, vocoder: str | None, 
     from featstore_zoo import convert as c
 
     semitones: c.Key = "auto" if key == "auto" else _semitones(key)
-    with display.ExtractProgress() as extracting:
+    with display.ExtractProgress() as shown:
+        def extracting(told: Progress) -> None:
+            shown(told)
+            if told.done >= told.total:
+                shown.stop()
+
         how = c.Sources(sources, dict(_pair(text, "--weights", "NAME=FILE") for text in weights),
                         dict(_pair(text, "-f", "NAME=REQUEST") for text in requests), device, extracting)
         made = c.files(inputs, to=to, run=run, out=out, vocoder=vocoder, key=semitones, rounding=rounding, steps=steps,

@@ -208,7 +208,7 @@ def test_anybody_is_a_target_for_a_run_with_embeddings(runs, short, tmp_path):
     waves = [converted(short, tmp_path / "out.wav", runs, "anybody", to=to, key=0)[1]
              for to in ("alice", SENTENCE, short)]
     assert all(np.abs(one - other).max() > 1e-4 for one, other in ((waves[0], waves[1]), (waves[1], waves[2])))
-    with pytest.raises(BadAudio, match="1 recordings cannot be used"):
+    with pytest.raises(BadAudio, match="1 of 1 recordings cannot be used"):
         convert.target(**how, to=written(tmp_path / "silent.wav", np.zeros(48000, np.float32)))
 
 
@@ -303,6 +303,11 @@ def test_recordings_that_cannot_be_used_are_told(runs, tmp_path):
     for source in (empty, text):
         with pytest.raises(BadAudio, match="cannot be used"):
             converted(source, tmp_path / "out.wav", runs)
+    wave, _ = sf.read(SENTENCE, dtype="float32")
+    good = written(tmp_path / "good.flac", wave[20000:30000])
+    with pytest.raises(BadAudio, match=r"2 of 3 recordings cannot be used, such as (empty|text).* The others are in"):
+        convert.files([empty, good, text], to="alice", run=runs / "deaf", vocoder=runs / "voc", out=tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.wav"]
     with pytest.raises(BadRequest, match="does not exist"):
         converted(tmp_path / "nothing.wav", tmp_path / "out.wav", runs)
     assert not (tmp_path / "out.wav").exists()

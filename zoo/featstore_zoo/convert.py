@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import featstore as fs
 from featstore import storage
 from featstore.errors import BadAudio, BadRequest, CannotLoad, MissingFeature, nearest
+from featstore.view import View
 from featstore.work import out_of_memory
 from featstore_align import align_f0
 from featstore_extractors import parse
@@ -35,7 +36,7 @@ from . import vocode
 from .run import Read, Run, load
 from .singers import Singer
 from .song import LEAST, WINDOW
-from .sources import Job, Made, Sources, jobs, places, write_audio
+from .sources import Job, Made, Sources, jobs, places, refuse, write_audio
 from .vocode import GRIFFIN_LIM, Precision
 
 __all__ = ["Made", "Rounding", "Sources", "Target", "file", "files", "target"]
@@ -91,17 +92,19 @@ def files(inputs: Sequence[str | storage.Place], *, to: str | Path, run: str | P
         BadRequest: an unknown singer (the nearest are named), an option that the model does not have.
         ContractMismatch: run and vocoder are of different mels; the field is named.
         IdentityMismatch, MissingFeature: a store does not have what the run was trained on.
-        BadAudio: a recording is empty or none; a reference has no voice.
+        BadAudio: recordings are empty or none, told when the others are converted; a reference has no voice.
         CannotLoad: the device has too little memory even for the smallest window.
     """
     conversion = Conversion(load(run), to, vocoder=vocoder, key=key, rounding=rounding, steps=steps, sampler=sampler,
                             seed=seed, device=device, precision=precision, window=window, how=how)
     found = jobs(inputs, conversion.reads, str(run), how)
+    usable = [job for job in found if not job.reason]
     made: list[Made] = []
-    for job, place in zip(found, places(found, Path(out), form), strict=True):
+    for job, place in zip(usable, places(usable, Path(out), form), strict=True):
         made.append(conversion.write(job, place))
         if progress is not None:
-            progress(made[-1], len(made), len(found))
+            progress(made[-1], len(made), len(usable))
+    refuse(found, f". The others are in {out}")
     return made
 
 
@@ -252,7 +255,7 @@ class Conversion:
 
 
 class _Song:
-    """An utterance's features on the frames of its log-mel: thin ones whole, others frame by frame from the store.
+    """An utterance's features on the frames of its log-mel: numbers whole, vectors frame by frame from the store.
 
     early_s: by how much the f0 that the run hears comes before the log-mel (see `AcousticConfig`).
 
@@ -261,24 +264,29 @@ class _Song:
 
     def __init__(self, job: Job, timing: Any, early_s: float = 0.0) -> None:
         self._job = job
-        like = job.names["log-mel"]
-        self._view = job.store.view(list(dict.fromkeys(job.names.values())), like=like, timing=timing,
-                                    utterances=[job.key])
+        vectors = {role for role, name in job.names.items() if job.store.feature(name).dim}
+        self._view = self._over(vectors, timing)
         self.frames = self._view.length(job.key)
         if not self.frames:
             raise BadAudio(f"{job.title} has no frames: nothing can be made of it")
-        thin = {role: name for role, name in job.names.items() if role in ("f0", VOCODER_F0, LEVEL)}
-        whole = job.store.view(list(dict.fromkeys(thin.values())), like=like, timing=timing, utterances=[job.key])
-        found = whole[job.key]
-        level = found[thin[LEVEL]]
+        whole = self._over(set(job.names) - vectors, timing)[job.key]
+        found = {role: whole[name] for role, name in job.names.items() if role not in vectors}
+        level = found.pop(LEVEL)
         self.audible = level > SILENT_DB
         power = 10 ** (level[self.audible].astype(np.float64) / 10)
         self.power = float(power.mean()) if len(power) else 0.0
-        self.f0 = {role: found[name].astype(np.float32) for role, name in thin.items() if role != LEVEL}
+        self.f0 = {role: found.pop(role).astype(np.float32) for role in ("f0", VOCODER_F0) if role in found}
+        self._numbers = found
         if early_s and "f0" in self.f0:
             self.f0["f0"] = self._early(early_s)
         told = job.store.utterances[job.key]
         self.flags, self.seconds = told.flags, told.duration_s
+
+    def _over(self, roles: set[str], timing: Any) -> View:
+        """What plays these roles, on the frames of the log-mel; that itself only where there is nothing else."""
+        names = [self._job.names[role] for role in sorted(roles - {"log-mel"} or {"log-mel"})]
+        return self._job.store.view(list(dict.fromkeys(names)), like=self._job.names["log-mel"], timing=timing,
+                                    utterances=[self._job.key])
 
     def _early(self, seconds: float) -> Array:
         """f0 (T,) as a run hears it that learnt from one which came `seconds` before the log-mel."""
@@ -299,8 +307,12 @@ class _Song:
 
     def crop(self, roles: Sequence[str], begin: int, end: int) -> dict[str, Array]:
         """Frames [begin, end) of features, by role."""
-        found = self._view.crop(self._job.key, start=begin, frames=end - begin)
-        return {role: self.f0[role][begin:end] if role in self.f0 else found[self._job.names[role]] for role in roles}
+        numbers = self.f0 | self._numbers
+        cut = {role: numbers[role][begin:end] for role in roles if role in numbers}
+        if len(cut) < len(roles):
+            found = self._view.crop(self._job.key, start=begin, frames=end - begin)
+            cut |= {role: found[self._job.names[role]] for role in roles if role not in cut}
+        return cut
 
     def gated(self, pieces: Iterator[Array], hop: int) -> Iterator[tuple[Array, Array, Array]]:
         """Each piece of the waveform with its gain (n,), 0 where the song is silent, and which samples are audible."""
@@ -385,6 +397,8 @@ def target(run: Run, to: str | Path, how: Sources | None = None) -> Target:
     if name in known:
         return _known(run, name, known[name])
     speaker = run.settings.config.speaker
+    if speaker == "none" and not known:  # it has one voice, of which nobody has said whose it is
+        return Target(name)
     if not Path(to).is_file():
         more = "" if speaker != "embedding" else "; or give a recording of whoever shall sing"
         raise BadRequest(f"{run.path} has no singer {name!r} ({nearest(name, known)}){more}")

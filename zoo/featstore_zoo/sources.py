@@ -25,7 +25,8 @@ from featstore_extractors import RequestError, parse
 
 from .run import Read, check_read, differing, request_of
 
-__all__ = ["FORMATS", "Job", "Made", "Sources", "jobs", "places", "sources", "write_audio"]
+__all__ = ["FORMATS", "Job", "Made", "Sources", "jobs", "places", "refuse", "sources",
+           "write_audio"]
 
 FORMATS = ("wav", "flac")
 
@@ -47,12 +48,13 @@ class Made:
 
 @dataclass(frozen=True)
 class Job:
-    """An utterance of a store, and the names under which it has the features, by role."""
+    """An utterance of a store, and the names under which it has the features, by role; `reason` why it has them not."""
 
     store: fs.Store
     key: str
     names: Mapping[str, str]
     title: str
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,26 @@ def jobs(inputs: Sequence[str | storage.Place], reads: Mapping[str, Read], what:
          ) -> list[Job]:
     """The utterances of recordings, folders of them and stores, with the features `reads`, by role, of `what`.
 
+    Recordings that cannot be used have a `reason`, as long as there is one that can.
+
     Raises:
         MissingFeature, IdentityMismatch: a store has not just these.
         MissingWeights: of an encoder, which says their digest.
-        BadAudio: a recording cannot be used.
+        BadAudio: no recording can be used.
         BadRequest: there is nothing.
     """
-    return [job for one in inputs for job in _jobs(storage.place(one), reads, what, how or Sources())]
+    found = [job for one in inputs for job in _jobs(storage.place(one), reads, what, how or Sources())]
+    if found and all(job.reason for job in found):
+        refuse(found)
+    return found
+
+
+def refuse(found: Sequence[Job], more: str = "") -> None:
+    """Raises BadAudio if there are recordings that cannot be used."""
+    failed = [job for job in found if job.reason]
+    if failed:
+        raise BadAudio(f"{len(failed)} of {len(found)} recordings cannot be used, such as {failed[0].title}: "
+                       f"{failed[0].reason}{more}")
 
 
 def _jobs(where: storage.Place, reads: Mapping[str, Read], what: str, how: Sources) -> list[Job]:
@@ -122,12 +137,10 @@ def _extracted(where: Path, reads: Mapping[str, Read], what: str, how: Sources) 
     if report.interrupted:
         raise KeyboardInterrupt
     failed = {failure.utterance: failure.reason for failure in report.failures}
-    if failed:
-        key, reason = next(iter(failed.items()))
-        raise BadAudio(f"{len(failed)} recordings cannot be used, such as {key}: {reason}")
     store.refresh()
     single = where.is_file()
-    return [Job(store, u.key, names, where.stem if single else u.key.partition("/")[2]) for u in corpus]
+    return [Job(store, u.key, names, where.stem if single else u.key.partition("/")[2], failed.get(u.key, ""))
+            for u in corpus]
 
 
 def _extractor(read: Read, what: str, how: Sources) -> tuple[Any, fs.Spec]:

@@ -24,7 +24,7 @@ from featstore_extractors.imports import required
 from featstore_extractors.signal import LogMel, MelContract, mel_filters
 
 from .run import Read, Run, check_contract, load
-from .sources import FORMATS, Job, Made, jobs, places, sources, write_audio
+from .sources import FORMATS, Job, Made, jobs, places, refuse, sources, write_audio
 
 Array = np.ndarray
 Precision = Literal["32", "bf16", "16"]
@@ -150,6 +150,7 @@ def files(inputs: Sequence[str | storage.Place], vocoder: str | Path, out: Path,
     run = None if str(vocoder) == GRIFFIN_LIM else load(vocoder)
     reads = _reads(run)
     found = jobs(inputs, reads, "the vocoder")
+    refuse(found)
     files_of = places(found, out, form)
     model = None if run is None else on(run.model, device, compiled=compiled)
     made = []
