@@ -308,6 +308,8 @@ def test_recordings_that_cannot_be_used_are_told(runs, tmp_path):
     with pytest.raises(BadAudio, match=r"2 of 3 recordings cannot be used, such as (empty|text).* The others are in"):
         convert.files([empty, good, text], to="alice", run=runs / "deaf", vocoder=runs / "voc", out=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.wav"]
+    with pytest.raises(BadRequest, match="expected a file of wav or flac, or a folder"):
+        converted(good, tmp_path / "out.mp3", runs)
     with pytest.raises(BadRequest, match="does not exist"):
         converted(tmp_path / "nothing.wav", tmp_path / "out.wav", runs)
     assert not (tmp_path / "out.wav").exists()

@@ -29,6 +29,7 @@ __all__ = ["FORMATS", "Job", "Made", "Sources", "jobs", "places", "refuse", "sou
            "write_audio"]
 
 FORMATS = ("wav", "flac")
+NO_FORMATS = ("mp3", "ogg", "opus", "m4a", "aac", "aif", "aiff", "wma")  # names of files, and hardly of folders
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ def places(found: Sequence[Job], out: Path, form: str | None) -> list[Path]:
         raise BadRequest(f"format {form!r}: expected one of {', '.join(FORMATS)}")
     if not found:
         raise BadRequest("nothing to do: no utterance was found")
+    if out.suffix.lower().lstrip(".") in NO_FORMATS and not out.is_dir():
+        raise BadRequest(f"{out}: expected a file of {' or '.join(FORMATS)}, or a folder")
     if out.suffix.lower().lstrip(".") in FORMATS and not out.is_dir():
         if len(found) > 1:
             raise BadRequest(f"{out} is one file and {len(found)} utterances were found: name a folder")
