@@ -141,7 +141,7 @@ class Pipeline:
                 bundle: list[Task] | None = []
                 while len(pending) < ahead and not self.stopping and (bundle := next(bundles, [])):
                     suspects[:] = bundle  # should the pool refuse it, it is not lost
-                    with _worker_environment(begin[-1]):
+                    with worker_environment(begin[-1]):
                         pending[pool.submit(work, bundle)] = bundle
                     suspects.clear()
                 if not pending:
@@ -169,7 +169,7 @@ class Pipeline:
 
 
 @contextlib.contextmanager
-def _worker_environment(threads: int) -> Iterator[None]:
+def worker_environment(threads: int) -> Iterator[None]:
     """For processes started meanwhile: so many threads each, and no second run of the caller's script.
 
     `multiprocessing` runs the main script again in every spawned process, to find classes defined in it. Ours need
