@@ -103,4 +103,7 @@ from . import upkeep as _upkeep  # noqa: E402
 from . import weights as _weights  # noqa: E402
 from . import zoo as _zoo  # noqa: E402
 
-__all__ = ["_store", "_upkeep", "_weights", "_zoo", "cli", "main"]
+# isort: split
+from . import evaluation as _evaluation  # noqa: E402  - after what it judges
+
+__all__ = ["_evaluation", "_store", "_upkeep", "_weights", "_zoo", "cli", "main"]

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from featstore_align.code_cache import guard
+
 Array = np.ndarray
 
 EXACT = 1 << 26  # cells of one byte each: 64 MiB
@@ -71,7 +73,11 @@ def _kernel() -> Any:
         import numba
     except ImportError:
         raise ImportError("time warping needs numba: pip install 'featstore[evaluate]'") from None
-    return numba.njit(_warped, nogil=True, cache=True)
+    guard()
+    try:
+        return numba.njit(_warped, nogil=True, cache=True)
+    except RuntimeError:  # nowhere to keep the code: it is compiled anew in every process
+        return numba.njit(_warped, nogil=True)
 
 
 def _warped(one: Array, other: Array, low: Array, high: Array) -> Array:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -195,7 +196,8 @@ class Measurer:
         if len(pieces) > 1 and len(pieces[-1]) < size:
             pieces[-1] = heard[-size:]
         try:
-            vectors = run(pieces)
+            with _one_thread():
+                vectors = run(pieces)
             return vectors[0] if len(vectors) == 1 else extractor.combine(vectors, [len(piece) for piece in pieces])
         except ValueError as error:  # silent, or too short for a voice
             return Undefined(str(error))
@@ -326,18 +328,29 @@ def _resampled(wave: Array, rate: int, to: int) -> Array:
     return wave if rate == to else np.asarray(soxr.resample(wave, rate, to), np.float32)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch in one thread: a small network is not faster in more, and its sums are then the same on every machine."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # What a worker process holds; `start` runs once in each.
 
 _measurer: Measurer | None = None
 
 
 def start(settings: Settings) -> None:
-    """Make this process ready to measure: one thread, since there is a process for every core."""
+    """Make this process ready to measure."""
     global _measurer
-    with contextlib.suppress(ImportError):
-        import torch
-
-        torch.set_num_threads(1)
     _measurer = Measurer(settings)
 
 
