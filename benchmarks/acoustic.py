@@ -76,19 +76,20 @@ class Cepstra:
 
 SINGERS, SONGS, SECONDS = 2, 4, 3.0
 SEMITONES = 4
-COMMON: dict[str, Any] = {"batch": 8, "frames": 96, "ema": 0.98, "weight_decay": 0.0, "decay": 0.5, "decay_every": 1000,
+MEL = "log-mel:24k-100,n_mels=40"  # noise of all bands has to pass a diffusion's channels, which are few here
+COMMON: dict[str, Any] = {"batch": 4, "frames": 64, "ema": 0.98, "weight_decay": 0.0, "decay": 0.5,
                           "validate_every": 10**6, "save_every": 10**6, "valid_utterances": 0, "dropout": 0.0,
-                          "width": 64, "learning_rate": 1e-3}
-STACK = {"channels": 128, "layers": 6, "step_dim": 64, "step_hidden": 128}  # noise passes, of 100 bands
+                          "width": 64}
+STACK = {"channels": 96, "layers": 6, "step_dim": 64, "step_hidden": 128, "learning_rate": 2e-3, "decay_every": 1000}
 LEARN: dict[str, dict[str, Any]] = {
-    "diffwavenet-svc": STACK | {"steps": 2000, "decay_every": 600, "learning_rate": 2e-3},
-    "transformer-svc": {"layers": 3, "hidden": 128, "steps": 900, "decay_every": 300},
-    "como-svc": STACK | {"encoder_layers": 2, "hidden": 128, "steps": 1200, "decay_every": 400},
-    "como-svc:student": {"steps": 500},
+    "diffwavenet-svc": STACK | {"steps": 4000},
+    "transformer-svc": {"layers": 3, "hidden": 128, "steps": 1500, "decay_every": 500, "learning_rate": 1e-3},
+    "como-svc": STACK | {"encoder_layers": 2, "hidden": 128, "steps": 3500},
+    "como-svc:student": {"steps": 500, "decay_every": 500, "learning_rate": 5e-4},
     "vits-svc": {"latent": 64, "hidden": 128, "prior_layers": 2, "posterior_layers": 4, "flow_layers": 2, "flows": 2,
-                 "speaker_width": 16, "slice_frames": 24, "generator_fields": [["channels", 64], ["block_kernels", [3]],
-                                                                               ["block_dilations", [[1, 3]]]],
-                 "discriminators": [], "steps": 1500, "decay_every": 500, "learning_rate": 2e-3},
+                 "speaker_width": 16, "slice_frames": 32, "discriminators": [], "steps": 1500, "decay_every": 500,
+                 "learning_rate": 2e-3, "generator_fields": [["channels", 64], ["block_kernels", [3]],
+                                                             ["block_dilations", [[1, 3]]]]},
 }
 SAMPLERS: dict[str, list[dict[str, Any]]] = {
     "diffwavenet-svc": [{"sampler": "dpm-solver++", "sampling_steps": steps} for steps in (5, 10, 20, 100)]
@@ -99,8 +100,8 @@ SAMPLERS: dict[str, list[dict[str, Any]]] = {
 }
 VOCODER: dict[str, Any] = {"channels": 64, "block_kernels": [3], "block_dilations": [[1, 3]], "discriminators": [],
                            "batch": 4, "frames": 32, "ema": 0.98, "weight_decay": 0.0, "decay": 0.5,
-                           "decay_every": 600, "validate_every": 10**6, "save_every": 10**6, "valid_utterances": 0,
-                           "learning_rate": 3e-3, "mel_loss": "multi", "steps": 1500}
+                           "decay_every": 300, "validate_every": 10**6, "save_every": 10**6, "valid_utterances": 0,
+                           "learning_rate": 3e-3, "mel_loss": "multi", "steps": 800}
 
 
 def shared() -> Path:
@@ -117,7 +118,7 @@ def songs(home: Path, singers: int = SINGERS, count: int = SONGS, seconds: float
                     "singing", "--speakers", str(singers), "--utterances", str(count), "--seconds", str(seconds),
                     "--sample-rate", "24000"], check=True, capture_output=True)
     store = fs.create(home / "songs.zarr")
-    extractors = parse("log-mel", "f0", "loudness", "wave") | {"cepstra": Cepstra()}
+    extractors = parse(MEL, "f0", "loudness", "wave") | {"cepstra": Cepstra()}
     report = fs.extract(fs.corpus(home / "songs"), store, extractors, workers=0)
     if report.failures:
         raise SystemExit(f"{report.failures[0].utterance}: {report.failures[0].reason}")
