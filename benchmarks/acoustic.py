@@ -82,12 +82,12 @@ COMMON: dict[str, Any] = {"batch": 4, "frames": 64, "ema": 0.98, "weight_decay":
                           "width": 64}
 STACK = {"channels": 96, "layers": 6, "step_dim": 64, "step_hidden": 128, "learning_rate": 2e-3, "decay_every": 1000}
 LEARN: dict[str, dict[str, Any]] = {
-    "diffwavenet-svc": STACK | {"steps": 4000},
-    "transformer-svc": {"layers": 3, "hidden": 128, "steps": 1500, "decay_every": 500, "learning_rate": 1e-3},
+    "diffwavenet-svc": STACK | {"steps": 4000, "noise_steps": 100, "last_beta": 0.06},  # as DiffSVC has it
+    "transformer-svc": {"layers": 3, "hidden": 128, "steps": 1000, "decay_every": 300, "learning_rate": 1e-3},
     "como-svc": STACK | {"encoder_layers": 2, "hidden": 128, "steps": 3500},
     "como-svc:student": {"steps": 500, "decay_every": 500, "learning_rate": 5e-4},
     "vits-svc": {"latent": 64, "hidden": 128, "prior_layers": 2, "posterior_layers": 4, "flow_layers": 2, "flows": 2,
-                 "speaker_width": 16, "slice_frames": 32, "discriminators": [], "steps": 1500, "decay_every": 500,
+                 "speaker_width": 16, "slice_frames": 32, "discriminators": [], "steps": 1200, "decay_every": 400,
                  "learning_rate": 2e-3, "generator_fields": [["channels", 64], ["block_kernels", [3]],
                                                              ["block_dilations", [[1, 3]]]]},
 }

@@ -71,7 +71,7 @@ def architecture(name: str, config: Any) -> dict[str, Any]:
     if name == "diffwave":
         return {"residual_channels": config.channels, "residual_layers": config.layers,
                 "dilation_cycle_length": config.dilation_cycle, "upsample_factors": config.mel_rates,
-                "noise_schedule_factors": [config.first_beta, config.last_beta, config.steps],
+                "noise_schedule_factors": [config.first_beta, config.last_beta, config.noise_steps],
                 "inference_noise_schedule": config.fast_betas}
     found = {"resblock": str(getattr(config, "resblock", 1)), "upsample_rates": config.upsample_rates,
              "upsample_kernel_sizes": config.upsample_kernels, "upsample_initial_channel": config.channels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ pytest.importorskip("lightning_fabric")
 
 from featstore_extractors import checkpoint, parse  # noqa: E402
 from featstore_extractors.signal import MelContract  # noqa: E402
-from featstore_zoo import card, find, metrics, recipe, run, training  # noqa: E402
+from featstore_zoo import TABLE, card, find, metrics, recipe, run, training  # noqa: E402
 from featstore_zoo.examples import Examples  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -33,7 +34,7 @@ TINY: dict[str, dict[str, Any]] = {
                  "speaker_width": 8, "slice_frames": 8, "generator_preset": "smoke", "discriminators": ["mpd"],
                  "discriminator_width": 0.05, "mpd_periods": [2]},
 }
-TABLE = "condition_encoder.singer_encoder.nn.weight"
+ROWS = "condition_encoder.singer_encoder.nn.weight"
 
 
 def prepared(path: Path, songs: Path, model: str = "transformer-svc", *, content: Any = ("spin",), speaker: Any = None,
@@ -122,8 +123,8 @@ def test_a_run_is_tuned_to_a_new_singer_behind_the_old_ones_who_stay_as_they_are
     assert tuned.singers["vctk_p226"] == run.load(tmp_path / "first").singers["vctk_p226"]
     training.train(tmp_path / "tuned", other, workers=0)
     before, after = weights(tmp_path / "first"), weights(tmp_path / "tuned")
-    assert after[TABLE].shape == (2, 8) and torch.equal(after[TABLE][0], before[TABLE][0])
-    assert not torch.equal(after[TABLE][1], after[TABLE][0])
+    assert after[ROWS].shape == (2, 8) and torch.equal(after[ROWS][0], before[ROWS][0])
+    assert not torch.equal(after[ROWS][1], after[ROWS][0])
     assert torch.equal(after["mel_low"], before["mel_low"])  # the scale that the weights have learnt
     again = prepared(tmp_path / "again", alone, content=None, init=tmp_path / "tuned")
     assert again.settings.config.singers == 2 and again.singers == tuned.singers
@@ -240,9 +241,14 @@ def test_two_processes_learn_what_one_does(songs, tmp_path):
 
 
 def test_every_acoustic_model_is_tested():
-    from featstore_zoo import TABLE
-
     assert {name.replace("_", "-") for name in TABLE if find(name).KIND == "acoustic"} == set(TINY)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_no_field_of_a_model_is_called_like_one_of_training(name):
+    """`--set` and recipes give both by name: the model's would never be reached."""
+    one, other = ({field.name for field in dataclasses.fields(kind)} for kind in (training.Training, find(name).Config))
+    assert not one & other
 
 
 def test_the_extractor_requests_of_a_run_make_its_features(songs, tmp_path):

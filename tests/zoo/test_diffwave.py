@@ -103,7 +103,7 @@ def test_loss_of_an_untrained_network_is_the_mean_of_noise():
     ({"last_beta": 1e-5}, "must lie between 0 and 1"),
     ({"schedule": "slow"}, "schedule must be full or fast, not 'slow'"),
     ({"schedule": "fast", "fast_betas": (0.5, 0.9)}, "end in more noise than training adds"),
-    ({"steps": 1}, "steps 1 at least 2"),
+    ({"noise_steps": 1}, "steps 1 at least 2"),
 ])
 def test_impossible_schedule_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):

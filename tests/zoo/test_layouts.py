@@ -106,7 +106,7 @@ def test_vocos_with_other_mel_filters_is_refused(tmp_path):
 
 
 def test_diffwave_of_lmnt(tmp_path):
-    model = vocoders.small("diffwave", **LMNT, schedule="full", steps=6, last_beta=0.3)
+    model = vocoders.small("diffwave", **LMNT, schedule="full", noise_steps=6, last_beta=0.3)
     converted, found = check(model, made.lmnt_folder(model, tmp_path / "diffwave"), tmp_path, 1_000_578)
     assert converted.layout == "LMNT's DiffWave"
     assert found.settings.config.mel_input == "decibels"
@@ -140,7 +140,7 @@ def test_decibels_of_lmnt_are_those_of_its_formula():
 
 @pytest.mark.parametrize("name", list(made.AMPHION))
 def test_vocoders_of_amphion(name, tmp_path):
-    how = {"diffwave": {"clamp": "xt", "schedule": "full", "steps": 6, "last_beta": 0.3},
+    how = {"diffwave": {"clamp": "xt", "schedule": "full", "noise_steps": 6, "last_beta": 0.3},
            "nsf_hifigan": {"amphion_defect": True}}.get(name, {})
     model = vocoders.small(name, **how)
     folder = made.amphion_folder(name, model, tmp_path / "exp")

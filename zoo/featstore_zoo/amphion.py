@@ -156,7 +156,7 @@ def _diffwavenet(facts: Facts) -> Fields:
         facts.wrong.append(f"beta_schedule is {shape}, linear is built here of Amphion's")
     bands = facts.shape("1.neural_network.input.0")[1]
     return contract(facts, bands) | _condition(facts, "0") | _stack(facts, "1") | {
-        "steps": told.get("num_train_timesteps"), "first_beta": told.get("beta_start"),
+        "noise_steps": told.get("num_train_timesteps"), "first_beta": told.get("beta_start"),
         "last_beta": told.get("beta_end")}
 
 

@@ -368,8 +368,8 @@ def _diffwave(facts: Facts) -> Fields:
     first, last, steps = betas or (None, None, None)
     fast = facts.said("inference_noise_schedule")
     found = {"channels": channels, "layers": layers, "dilation_cycle": facts.said("dilation_cycle_length"),
-             "mel_rates": facts.both(rates, "upsample_factors"), "first_beta": first, "last_beta": last, "steps": steps,
-             "clamp": "xt"} | ({"fast_betas": _tuples(fast)} if fast else {})
+             "mel_rates": facts.both(rates, "upsample_factors"), "first_beta": first, "last_beta": last,
+             "noise_steps": steps, "clamp": "xt"} | ({"fast_betas": _tuples(fast)} if fast else {})
     return found | (contract(facts, n_mels) if facts.amphion else _decibels(facts, n_mels))
 
 

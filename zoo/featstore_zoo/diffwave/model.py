@@ -26,8 +26,8 @@ class Config(VocoderConfig):
 
     channels, layers: of the residual stack; dilations are 1, 2, 4 ... and start again every `dilation_cycle` layers.
     mel_rates: two steps that bring the log-mel to samples; their product is hop_length.
-    steps, first_beta, last_beta: of the noise that training adds, rising linearly.
-    schedule: "full" samples in `steps`, "fast" along `fast_betas`.
+    noise_steps, first_beta, last_beta: of the noise that training adds, rising linearly.
+    schedule: "full" samples in `noise_steps`, "fast" along `fast_betas`.
     sampler: "ddpm" adds noise in every step (Ho et al., arXiv 2006.11239), "ddim" in none (Song et al., 2010.02502).
     clamp: "x0" keeps the waveform that each step aims at within full scale; "xt" keeps the noisy one there, as LMNT's
         and Amphion's code do, which cuts noise off and is for comparison with them.
@@ -43,7 +43,7 @@ class Config(VocoderConfig):
     layers: int = 30
     dilation_cycle: int = 10
     mel_rates: tuple[int, ...] = (16, 16)
-    steps: int = 50
+    noise_steps: int = 50
     first_beta: float = 1e-4
     last_beta: float = 0.05
     fast_betas: tuple[float, ...] = (1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5)
@@ -59,9 +59,9 @@ class Config(VocoderConfig):
                              f"{self.hop_length}")
         if any(rate % 2 for rate in self.mel_rates):
             raise ValueError(f"mel_rates {self.mel_rates} must be even, or the steps up do not keep to the samples")
-        if min(self.channels, self.layers, self.dilation_cycle) < 1 or self.steps < 2:
+        if min(self.channels, self.layers, self.dilation_cycle) < 1 or self.noise_steps < 2:
             raise ValueError(f"channels {self.channels}, layers {self.layers} and dilation_cycle {self.dilation_cycle} "
-                             f"must be at least 1, steps {self.steps} at least 2")
+                             f"must be at least 1, noise_steps {self.noise_steps} at least 2")
         if not 0 < self.first_beta < self.last_beta < 1 or not all(0 < beta < 1 for beta in self.fast_betas):
             raise ValueError(f"first_beta {self.first_beta:g} < last_beta {self.last_beta:g} and fast_betas "
                              f"{self.fast_betas} must lie between 0 and 1")
@@ -76,14 +76,14 @@ class Config(VocoderConfig):
 
     @property
     def betas(self) -> np.ndarray:
-        """Share of noise that training adds in each step, (steps,)."""
-        return np.linspace(self.first_beta, self.last_beta, self.steps)
+        """Share of noise that training adds in each step, (noise_steps,)."""
+        return np.linspace(self.first_beta, self.last_beta, self.noise_steps)
 
     @property
     def sampling(self) -> tuple[np.ndarray, np.ndarray]:
         """Betas of the steps of sampling, and where they lie between those of training, both (K,)."""
         betas = self.betas if self.schedule == "full" else np.array(self.fast_betas)
-        where = np.interp(-np.sqrt(kept(betas)), -np.sqrt(kept(self.betas)), np.arange(self.steps))
+        where = np.interp(-np.sqrt(kept(betas)), -np.sqrt(kept(self.betas)), np.arange(self.noise_steps))
         return betas, where
 
 
@@ -161,7 +161,7 @@ class Model(Vocoder):
         betas, where = config.sampling
         self.left, self.where = kept(betas).tolist(), where.tolist()  # of signal after each step; its place in training
         self.input_projection = nn.Conv1d(1, config.channels, 1)
-        self.diffusion_embedding = StepEmbedding(config.steps)
+        self.diffusion_embedding = StepEmbedding(config.noise_steps)
         self.spectrogram_upsampler = MelUpsampler(config.mel_rates)
         self.residual_layers = nn.ModuleList(ResidualLayer(config, 2 ** (i % config.dilation_cycle))
                                              for i in range(config.layers))
@@ -251,7 +251,8 @@ def losses(model: Model, batch: Mapping[str, Tensor], generator: torch.Generator
     batch: "log-mel" (B, T, n_mels), "wave" (B, T hop_length).
     """
     wave = batch["wave"]
-    step = torch.randint(model.config.steps, (len(wave),), generator=generator, device=generator.device).to(wave.device)
+    steps = model.config.noise_steps
+    step = torch.randint(steps, (len(wave),), generator=generator, device=generator.device).to(wave.device)
     noise = torch.randn(wave.shape, generator=generator, device=generator.device).to(wave)
     left = torch.tensor(kept(model.config.betas), dtype=wave.dtype, device=wave.device)[step][:, None]
     noisy = left.sqrt() * wave + (1 - left).sqrt() * noise

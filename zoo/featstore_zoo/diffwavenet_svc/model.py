@@ -30,7 +30,7 @@ class Config(AcousticConfig):
 
     channels, layers, kernel, dilation_cycle: of the residual stack; dilations are 1, 2, 4 ... and start again.
     step_dim, step_hidden: of the encoder of steps.
-    steps, first_beta, last_beta, schedule: of the noise that training adds.
+    noise_steps, first_beta, last_beta, schedule: of the noise that training adds.
     sampler, sampling_steps: see `diffusion.sample`.
     clamp: keeps the log-mel that each step aims at in the range of the training data.
     """
@@ -46,7 +46,7 @@ class Config(AcousticConfig):
     dilation_cycle: int = 4
     step_dim: int = 128
     step_hidden: int = 512
-    steps: int = 1000
+    noise_steps: int = 1000
     first_beta: float = 1e-4
     last_beta: float = 0.02
     schedule: Literal["linear", "cosine"] = "linear"
@@ -56,13 +56,13 @@ class Config(AcousticConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sampling(self.sampler, self.sampling_steps, self.steps)
+        check_sampling(self.sampler, self.sampling_steps, self.noise_steps)
         _ = self.noising
 
     @property
     def noising(self) -> Schedule:
         """The schedule of noise."""
-        return Schedule(self.steps, self.first_beta, self.last_beta, self.schedule)
+        return Schedule(self.noise_steps, self.first_beta, self.last_beta, self.schedule)
 
 
 class Model(Acoustic):
@@ -108,7 +108,8 @@ def losses(model: Model, batch: Batch, generator: torch.Generator) -> dict[str, 
     """
     condition = model.condition_encoder(batch, generator)
     mel, mask = model.told(batch, condition)
-    step = torch.randint(model.config.steps, (len(mel),), generator=generator, device=generator.device).to(mel.device)
+    steps = model.config.noise_steps
+    step = torch.randint(steps, (len(mel),), generator=generator, device=generator.device).to(mel.device)
     fresh = torch.randn(mel.shape, generator=generator, device=generator.device).to(mel)
     found = model.acoustic_mapper.hearing(condition, mask)(model.schedule.noisy(mel, fresh, step), step)
     return {"noise": masked_mean((found - fresh).square(), mask)}
