@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from featstore_zoo import song
+from featstore_zoo import song, transformer
 from featstore_zoo.vocode import synthesise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAMES = 300
-LOCAL = {"diffwavenet_svc": 1e-4}  # of the largest value
-# What attends does not see beyond a window and its context. The weights of these models are random: attention is even,
-# and a frame at the far end of a song counts as much as the nearest.
-ATTENDING = {"transformer_svc": 0.05, "como_svc": 0.05, "vits_svc": 0.2}
+CASES = {"diffwavenet_svc": {"clamp": False}, "transformer_svc": {}, "como_svc": {}, "vits_svc": {}}
 
 
 def seeded():
@@ -41,11 +38,35 @@ def both(name, size, **changes):
     return (np.concatenate(list(made)) if model.gives == "wave" else made[0].numpy()), whole
 
 
-@pytest.mark.parametrize("name", [*LOCAL, *ATTENDING])
-def test_windows_are_the_whole(name):
-    made, whole = both(name, 64, **({"clamp": False} if name == "diffwavenet_svc" else {}))
+@pytest.fixture
+def short(monkeypatch):
+    """Attention that reaches 20 frames, so that a short song is longer than it reaches."""
+    monkeypatch.setattr(transformer, "REACH", 20)
+    monkeypatch.setattr(transformer.RelativeAttention.__init__, "__defaults__", (20,))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_windows_are_the_whole(name, short):
+    made, whole = both(name, 64, **CASES[name])
     assert made.shape == whole.shape
-    assert np.abs(made - whole).max() < (LOCAL | ATTENDING)[name] * np.abs(whole).max()
+    assert np.abs(made - whole).max() < 1e-4 * np.abs(whole).max()
+
+
+def test_what_counts_frames_from_where_it_begins_fades_from_window_to_window():
+    made, whole = both("transformer_svc", 64, variant="plain")
+    assert 1e-3 < np.abs(made - whole).max() / np.abs(whole).max() < 0.5
+    assert np.abs(np.diff(made, axis=0)).max() < 1.1 * np.abs(np.diff(whole, axis=0)).max()
+
+
+def test_nothing_beyond_its_reach_is_attended_to(short):
+    torch.manual_seed(0)
+    attention = transformer.RelativeAttention(8, 2, 4, 0.0)
+    x = torch.randn(1, 8, 60)
+    other = x.clone()
+    other[..., 30] += 1
+    with torch.no_grad():
+        heard = torch.nonzero((attention(x, None) != attention(other, None)).any(1)[0]).flatten()
+    assert (heard.min(), heard.max()) == (10, 50)
 
 
 @pytest.mark.parametrize(("name", "changes"), [

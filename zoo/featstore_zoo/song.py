@@ -1,10 +1,12 @@
 """A whole song through an acoustic model, in windows that join without a seam: memory does not grow with the network.
 
 What looks a known number of frames far (`local`) is run on windows with just those frames on either side, and gives
-what the whole gives at once. What attends to everything it is given (`faded`) is run on windows with some context, each
-fading into the next, and gives nearly that. A model that samples takes each step over all windows before the next step,
-so that what a frame depends on does not widen with the steps; only the noisy log-mel and the condition are kept for the
-whole song, 2 kB a frame.
+what the whole gives at once. What looks so far in each of many steps takes each step over all windows before the next,
+so that what a frame depends on does not widen: steps of sampling (`in_windows`), layers of a transformer (`attended`).
+Only what goes from step to step is kept for the whole song, some kB a frame.
+
+What attends to everything it is given, or counts frames from where it begins, is run on windows with some context, each
+of which fades into the next (`faded`), and gives nearly what the whole does.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from torch import Tensor
 
 from .acoustic import Batch
 
-__all__ = ["CONTEXT", "FADE", "LEAST", "WINDOW", "Features", "conditioned", "faded", "in_windows", "joined", "local"]
+__all__ = ["CONTEXT", "FADE", "LEAST", "WINDOW", "Features", "attended", "conditioned", "faded", "in_windows", "joined",
+           "local"]
 
 WINDOW = 1024  # frames of a window, some 11 s: twice what models learn from at a time
 LEAST = 64     # frames of the smallest window that is tried where memory is short
-CONTEXT = 128  # frames on either side of a window that attends
+CONTEXT = 128  # frames on either side of a window that fades
 FADE = 32      # frames over which one such window fades into the next
 
 Features = Callable[[int, int], Batch]      # frames [begin, end) of a song as a batch of one, on the model's device
@@ -76,6 +79,20 @@ def conditioned(encoder: Any, features: Features, frames: int, size: int) -> Ten
         return told
 
     return joined(faded(made, frames, size) if encoder.config.conformer else local(made, frames, size, 0), frames)
+
+
+def attended(transformer: Any, x: Tensor, size: int) -> Tensor:
+    """(1, T, C) of a `RelativeTransformer` for x (1, T, C), both on the CPU."""
+    device, frames = next(transformer.parameters()).device, x.shape[1]
+    for number in range(len(transformer.attn_layers)):
+        before = x
+
+        def made(begin: int, end: int, before: Tensor = before, number: int = number) -> Tensor:
+            part: Tensor = transformer.layer(number, before[:, begin:end].to(device).transpose(1, 2))
+            return part.transpose(1, 2)
+
+        x = joined(local(made, frames, size, transformer.reach), frames)
+    return x
 
 
 def in_windows(network: Any, condition: Tensor, size: int) -> Callable[[Tensor, Tensor | float], Tensor]:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+REACH = 512  # frames to either side that a frame attends to: as far as it can in what models learn from at a time
+
 __all__ = ["Conformer", "PlainTransformer", "RelativeMapper", "RelativeTransformer", "positions"]
 
 
@@ -29,11 +31,14 @@ class ChannelNorm(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Self-attention that knows how far apart frames are, up to `window` of them (Shaw et al., arXiv 1803.02155)."""
+    """Self-attention that knows how far apart frames are, up to `window` of them (Shaw et al., arXiv 1803.02155).
 
-    def __init__(self, channels: int, heads: int, window: int, dropout: float) -> None:
+    Nothing beyond `reach` frames is attended to: in a song of minutes a frame hears no more than it has learnt from.
+    """
+
+    def __init__(self, channels: int, heads: int, window: int, dropout: float, reach: int = REACH) -> None:
         super().__init__()
-        self.heads, self.window, self.dropout = heads, window, dropout
+        self.heads, self.window, self.dropout, self.reach = heads, window, dropout, reach
         size = channels // heads
         self.conv_q, self.conv_k, self.conv_v, self.conv_o = (nn.Conv1d(channels, channels, 1) for _ in range(4))
         self.emb_rel_k = nn.Parameter(torch.randn(1, 2 * window + 1, size) * size**-0.5)  # shared by all heads
@@ -45,17 +50,19 @@ class RelativeAttention(nn.Module):
         q, k, v = (layer(x).unflatten(1, (self.heads, -1)).transpose(2, 3)  # (B, H, T, C / H)
                    for layer in (self.conv_q, self.conv_k, self.conv_v))
         q = q / math.sqrt(q.shape[-1])
-        frames, reach = x.shape[2], self.window
+        frames, near_by = x.shape[2], self.window
         here = torch.arange(frames, device=x.device)
         apart = here - here[:, None]  # (T, T), of the key from the query
-        near = (apart + reach).clamp(0, 2 * reach).expand(*q.shape[:2], frames, frames)
+        near = (apart + near_by).clamp(0, 2 * near_by).expand(*q.shape[:2], frames, frames)
         scores = q @ k.transpose(2, 3)
         by_distance = (q @ self.emb_rel_k.transpose(1, 2)).gather(3, near)
-        scores = scores + by_distance.masked_fill(apart.abs() > reach, 0)
+        scores = scores + by_distance.masked_fill(apart.abs() > near_by, 0)
+        if frames > self.reach:
+            scores = scores.masked_fill(apart.abs() > self.reach, -math.inf)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], -math.inf)
         weights = F.dropout(scores.softmax(3), self.dropout, self.training)
-        places = here[:, None] + torch.arange(-reach, reach + 1, device=x.device)  # (T, 2 window + 1)
+        places = here[:, None] + torch.arange(-near_by, near_by + 1, device=x.device)  # (T, 2 window + 1)
         inside = (places >= 0) & (places < frames)
         band = weights.gather(3, places.clamp(0, frames - 1).expand(*q.shape[:2], -1, -1)) * inside
         return self.conv_o((weights @ v + band @ self.emb_rel_v).transpose(2, 3).flatten(1, 2))
@@ -79,6 +86,8 @@ class RelativeTransformer(nn.Module):
     """The text encoder of Glow-TTS (Kim et al., arXiv 2005.11129) over frames: (B, C, T) and mask (B, T) to (B, C, T).
 
     Norms come after the residual sums; `eps` of them is 1e-4 in TransformerSVC and 1e-5 in VITS.
+
+    reach: frames to either side that a layer's frame depends on.
     """
 
     def __init__(self, channels: int, hidden: int, heads: int, layers: int, kernel: int = 3, dropout: float = 0.1,
@@ -90,15 +99,22 @@ class RelativeTransformer(nn.Module):
         self.norm_layers_1 = nn.ModuleList(ChannelNorm(channels, eps) for _ in range(layers))
         self.ffn_layers = nn.ModuleList(FeedForward(channels, hidden, kernel, dropout) for _ in range(layers))
         self.norm_layers_2 = nn.ModuleList(ChannelNorm(channels, eps) for _ in range(layers))
+        self.reach = REACH + 2 * (kernel // 2)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         keep = 1.0 if mask is None else mask[:, None].to(x.dtype)
         x = x * keep
-        for attend, norm_1, feed, norm_2 in zip(self.attn_layers, self.norm_layers_1, self.ffn_layers,
-                                                self.norm_layers_2, strict=True):
-            x = norm_1(x + F.dropout(attend(x, mask), self.dropout, self.training))
-            x = norm_2(x + F.dropout(feed(x, keep), self.dropout, self.training))
+        for number in range(len(self.attn_layers)):
+            x = self.layer(number, x, mask, keep)
         return x * keep
+
+    def layer(self, number: int, x: Tensor, mask: Tensor | None = None, keep: Tensor | float = 1.0) -> Tensor:
+        """One layer of it, (B, C, T) to (B, C, T)."""
+        attended = self.attn_layers[number](x, mask)
+        x = self.norm_layers_1[number](x + F.dropout(attended, self.dropout, self.training))
+        fed = self.ffn_layers[number](x, keep)
+        made: Tensor = self.norm_layers_2[number](x + F.dropout(fed, self.dropout, self.training))
+        return made
 
 
 class RelativeMapper(nn.Module):
@@ -113,6 +129,18 @@ class RelativeMapper(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         made: Tensor = self.projection(self.conformer_encoder(x.transpose(1, 2), mask)).transpose(1, 2)
         return made
+
+    def song(self, x: Tensor, size: int) -> Tensor:
+        """As `forward` for a song (1, T, C), on the CPU as is (1, T, bands), in windows."""
+        from .song import attended, joined, local
+
+        made, device = attended(self.conformer_encoder, x, size), self.projection.weight.device
+
+        def bands(begin: int, end: int) -> Tensor:
+            part: Tensor = self.projection(made[:, begin:end].to(device).transpose(1, 2)).transpose(1, 2)
+            return part
+
+        return joined(local(bands, x.shape[1], size, 0), x.shape[1])
 
 
 class PlainTransformer(nn.Module):

@@ -27,7 +27,7 @@ from featstore_zoo.acoustic import (
 )
 from featstore_zoo.conditioner import Conditioner
 from featstore_zoo.diffusion import Denoiser, Hears, consistency, draws, edm_scales, edm_solve, karras_sigmas
-from featstore_zoo.song import WINDOW, Features, faded, in_windows, joined
+from featstore_zoo.song import WINDOW, Features, conditioned, in_windows
 from featstore_zoo.transformer import RelativeMapper
 
 TRAINING = {"frames": 512, "batch": 64, "learning_rate": 4e-4, "beta1": 0.9, "beta2": 0.999, "clip": 1.0}
@@ -244,13 +244,9 @@ class Model(Acoustic):
         return self.unscaled(self.acoustic_mapper.decoder.sample(mean, mask, generator, start))
 
     def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW) -> Tensor:
-        """Log-mel (1, frames, n_mels) of a song; the mean in windows that fade into one another, and around it what
-        the decoder makes at once (see `Acoustic.song`)."""
-        def mean_of(begin: int, end: int) -> Tensor:
-            found: Tensor = self.acoustic_mapper.encoder(self.condition_encoder(features(begin, end)))
-            return found
-
-        mean, decoder = joined(faded(mean_of, frames, size), frames), self.acoustic_mapper.decoder
+        """Log-mel (1, frames, n_mels) of a song; what `forward` gives at once (see `Acoustic.song`)."""
+        mean = self.acoustic_mapper.encoder.song(conditioned(self.condition_encoder, features, frames, size), size)
+        decoder = self.acoustic_mapper.decoder
         draw = draws(generator, mean)
         made = decoder.solve(mean, in_windows(decoder.used, mean, size), draw(0), draw)
         return self.unscaled(made.to(self.mel_low.device)).cpu()

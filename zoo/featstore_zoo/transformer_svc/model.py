@@ -25,6 +25,7 @@ from featstore_zoo.acoustic import (
     ssim_distance,
 )
 from featstore_zoo.conditioner import Conditioner
+from featstore_zoo.song import WINDOW, Features, conditioned
 from featstore_zoo.transformer import PlainTransformer, RelativeMapper
 
 Variant = Literal["relative", "plain", "plain-unmasked"]
@@ -98,6 +99,15 @@ class Model(Acoustic):
         """Log-mel (B, T, n_mels) for the features of `Conditioner.forward`, and "lengths" (B,) where padded."""
         condition = self.condition_encoder(batch)
         return self.unscaled(self.acoustic_mapper(condition, frame_mask(batch, condition.shape[1])))
+
+    def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW) -> Tensor:
+        """Log-mel (1, frames, n_mels) of a song, with relative positions what `forward` gives at once (see
+        `Acoustic.song`); torch's encoder counts frames from where a window begins, as it has learnt to."""
+        if self.config.variant != "relative":
+            return super().song(features, frames, generator, size)
+        mapper: Any = self.acoustic_mapper
+        made = mapper.song(conditioned(self.condition_encoder, features, frames, size), size)
+        return self.unscaled(made.to(self.mel_low.device)).cpu()
 
 
 def losses(model: Model, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:

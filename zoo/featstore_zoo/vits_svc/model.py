@@ -22,7 +22,7 @@ from featstore_zoo.acoustic import AMPHION, SMOKE, Acoustic, AcousticConfig, Bat
 from featstore_zoo.conditioner import Conditioner, Singer, needed
 from featstore_zoo.diffusion import draws
 from featstore_zoo.gan import Adversary, GanConfig, magnitudes, spectral_losses
-from featstore_zoo.song import WINDOW, Features, faded, joined, local
+from featstore_zoo.song import WINDOW, Features, attended, conditioned, joined, local
 from featstore_zoo.transformer import RelativeTransformer
 from featstore_zoo.vocode import stream
 from featstore_zoo.vocoder import Vocoder, VocoderConfig, fold, seed_of
@@ -150,7 +150,11 @@ class Prior(nn.Module):
         self.proj = nn.Conv1d(config.condition_dim, 2 * config.latent, 1)
 
     def forward(self, condition: Tensor, mask: Tensor | None, keep: Tensor | float) -> tuple[Tensor, Tensor]:
-        mean, spread = (self.proj(self.enc_(condition, mask)) * keep).chunk(2, 1)
+        return self.parted(self.enc_(condition, mask), keep)
+
+    def parted(self, heard: Tensor, keep: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        """Mean and log spread of what the transformer gives."""
+        mean, spread = (self.proj(heard) * keep).chunk(2, 1)
         return mean, spread
 
 
@@ -180,10 +184,14 @@ class Flip(nn.Module):
 
 
 class Flow(nn.Module):
-    """The latent (B, L, T), of which a voice is a part, to one without it; or back."""
+    """The latent (B, L, T), of which a voice is a part, to one without it; or back.
+
+    reach: frames to either side that a frame depends on.
+    """
 
     def __init__(self, config: Config, voice: int) -> None:
         super().__init__()
+        self.reach = config.flows * config.flow_layers * 2  # by kernels of 5
         self.flows = nn.ModuleList(part for _ in range(config.flows) for part in (Coupling(config, voice), Flip()))
 
     def forward(self, x: Tensor, keep: Tensor | float, voice: Tensor | None, back: bool = False) -> Tensor:
@@ -223,24 +231,30 @@ class Model(Acoustic):
         mask = frame_mask(batch, condition.shape[1])
         keep = kept(mask, condition)
         mean, spread = self.enc_p(condition.transpose(1, 2), mask, keep)
+        return self.drawn(mean, spread, keep, self.voice(batch), generator, start)
+
+    def drawn(self, mean: Tensor, spread: Tensor, keep: Tensor | float, voice: Tensor | None,
+              generator: torch.Generator, start: int) -> Tensor:
+        """A draw from the prior brought through the flow, (B, L, T)."""
         noise = draws(generator, mean.transpose(1, 2), start)(0).transpose(1, 2)
-        return self.flow((mean + noise * spread.exp() * self.config.noise_scale) * keep, keep, self.voice(batch),
-                         back=True)
+        return self.flow((mean + noise * spread.exp() * self.config.noise_scale) * keep, keep, voice, back=True)
 
     def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW  # type: ignore[override]
              ) -> Iterator[np.ndarray]:
-        """Waveform (frames * hop_length,) of a song, in pieces: the latent in windows that fade into one another, and
-        of it what the generator makes at once (see `Acoustic.song`)."""
+        """Waveform (frames * hop_length,) of a song, in pieces; what `forward` gives at once (see `Acoustic.song`)."""
+        voice = self.voice(features(0, 1))
+        told = attended(self.enc_p.enc_, conditioned(self.condition_encoder, features, frames, size), size)
         state = generator.get_state()
 
         def made(begin: int, end: int) -> Tensor:
-            generator.set_state(state)
-            return self.latent(features(begin, end), generator, begin).transpose(1, 2)
+            generator.set_state(state)  # every window has its stretch of the same noise
+            prior = self.enc_p.parted(told[:, begin:end].to(self.mel_low.device).transpose(1, 2))
+            return self.drawn(*prior, 1.0, voice, generator, begin).transpose(1, 2)
 
         def f0_of(begin: int, end: int) -> Tensor:
             return needed(features(begin, end), "f0")
 
-        latent = joined(faded(made, frames, size), frames)[0].numpy()
+        latent = joined(local(made, frames, size, self.flow.reach), frames)[0].numpy()
         f0 = joined(local(f0_of, frames, size, 0), frames)[0].numpy() if self.dec.needs_f0 else None
         return stream(self.dec, latent, f0, seed=seed_of(generator) % 2**63, chunk=size)
 
