@@ -113,7 +113,9 @@ def _count(row: Iterable[Summary]) -> Cell:
 def _mean(one: Summary, best: float) -> Cell:
     metric, (mean, low, high, count) = METRICS[one.metric], one.interval
     lacking = f"{one.missing} of {count + one.missing} have no value" if one.missing else ""
-    return Cell(number(mean, metric.digits), _span(low, high, metric), mean, best=mean == best, title=lacking)
+    shown = number(mean, metric.digits)
+    return Cell(shown, _span(low, high, metric), mean, math.isfinite(best) and shown == number(best, metric.digits),
+                lacking)
 
 
 def _span(low: float, high: float, metric: Metric) -> str:
@@ -130,7 +132,7 @@ def _best(summaries: Sequence[Summary], metric: Metric) -> float:
 
 def _head(metric: Metric) -> tuple[str, str]:
     arrow = {"lower": "↓", "higher": "↑"}[metric.better]
-    return f"{metric.label} {arrow}", metric.unit or "\N{NO-BREAK SPACE}"
+    return f"{metric.label}\N{NO-BREAK SPACE}{arrow}", metric.unit or "\N{NO-BREAK SPACE}"
 
 
 def _frechet(found: Evaluation) -> Markup:
