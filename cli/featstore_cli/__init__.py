@@ -105,5 +105,6 @@ from . import zoo as _zoo  # noqa: E402
 
 # isort: split
 from . import evaluation as _evaluation  # noqa: E402  - after what it judges
+from . import judge as _judge  # noqa: E402
 
-__all__ = ["_evaluation", "_store", "_upkeep", "_weights", "_zoo", "cli", "main"]
+__all__ = ["_evaluation", "_judge", "_store", "_upkeep", "_weights", "_zoo", "cli", "main"]
