@@ -186,13 +186,13 @@ class _Material:
 
 
 def _checked(store: Store, mixes: Sequence[str]) -> list[str]:
+    if not mixes or CONTROL in mixes:
+        raise BadRequest(f"features to probe: {list(mixes)}; expected some, such as log-mel and log-mel+f0, and none "
+                         f"called {CONTROL!r}, which is always there as a control")
     for name in (name for mix in mixes for name in mix.split("+")):
         kind = store.feature(name).kind
         if kind in ("samples", "discrete"):
             raise BadRequest(f"{name} is of kind {kind}: probes take continuous features, f0 and vectors of utterances")
-    if not mixes or CONTROL in mixes:
-        raise BadRequest(f"features to probe: {list(mixes)}; expected some, such as log-mel and log-mel+f0, and none "
-                         f"called {CONTROL!r}, which is always there as a control")
     return list(dict.fromkeys(mixes))
 
 

@@ -62,7 +62,7 @@ def draw(study: Study) -> Figure:
 
     names = [*study.features, CONTROL]
     down, across = math.ceil(len(study.targets) / ACROSS), min(ACROSS, max(len(study.targets), 1))
-    with rc_context(page.inked()):  # type: ignore[arg-type]
+    with rc_context(page.inked()):
         figure = Figure(figsize=(1.6 + 2.5 * across, down * (1.0 + 0.28 * len(names))), layout="constrained")
         panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
         for panel, target in zip(panels, study.targets, strict=False):
