@@ -22,7 +22,8 @@ from featstore_cli import cli, display
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = os.pathsep.join(str(ROOT / name) for name in (".", "extractors", "align", "cli", "tests"))
 COMMANDS = ["scan", "extract", "status", "why", "use", "info", "ls", "plot", "split", "verify", "rm", "compact", "copy",
-            "export", "import", "pack", "weights", "train", "vocode", "convert", "zoo", "evaluate"]
+            "export", "import", "pack", "weights", "train", "vocode", "convert", "zoo", "evaluate",
+            "probe"]
 
 
 def run(*words: object) -> Result:
