@@ -33,9 +33,8 @@ from featstore_zoo.sources import jobs
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "examples" / "corpus"
 SONG = CORPUS / "vocadito_S1" / "vocadito_1.flac"  # 33 s
-MODELS = ("diffwavenet-svc", "transformer-svc", "transformer-svc:plain", "como-svc", "vits-svc")
-SIZES = {"diffwavenet-svc": {"channels": 64, "layers": 8, "sampling_steps": 20}, "como-svc": {"sampling_steps": 10},
-         "transformer-svc:plain": {"variant": "plain"}}
+MODELS = ("diffwavenet-svc", "transformer-svc", "como-svc", "vits-svc")
+SIZES = {"diffwavenet-svc": {"channels": 64, "layers": 8, "sampling_steps": 20}, "como-svc": {"sampling_steps": 10}}
 WINDOWS = (128, 256, 512, 1024)
 
 
@@ -52,7 +51,7 @@ def trained(home: Path, store: fs.Store, name: str, steps: int) -> runs.Run:
     fields = SIZES.get(name, {}) | {"steps": steps, "batch": 4, "frames": 128, "valid_utterances": 0,
                                     "validate_every": 10**6, "save_every": 10**6, "learning_rate": 1e-3}
     more: dict[str, Any] = {} if name == "nsf-hifigan" else {"content": ["mel22"]}
-    training.prepare(home, store, name.partition(":")[0], smoke=True, fields=fields, **more)
+    training.prepare(home, store, name, smoke=True, fields=fields, **more)
     training.train(home, store.path, workers=0)
     return runs.load(home)
 
@@ -62,7 +61,7 @@ def trained(home: Path, store: fs.Store, name: str, steps: int) -> runs.Run:
 
 def memory(minutes: list[float], names: list[str]) -> None:
     print("featstore convert: peak resident memory, and x real time with extraction and without\n")
-    print(f"{'':22} {'minutes':>8} {'MiB before':>11} {'at most':>8} {'first':>7} {'again':>7}")
+    print(f"{'':16} {'minutes':>8} {'MiB before':>11} {'at most':>8} {'first':>7} {'again':>7}")
     for name in names:
         for length in minutes:
             command = [sys.executable, __file__, "memory", "--alone", "--minutes", str(length), "--only", name]
@@ -94,7 +93,7 @@ def memory_alone(minutes: float, name: str) -> None:
                                 out=home / "out.wav")
             took.append(time.monotonic() - begin)
         first, again = (made.seconds / seconds for seconds in took)
-        print(f"{name:22} {minutes:8g} {before:11.0f} {peak():8.0f} {first:7.1f} {again:7.1f}")
+        print(f"{name:16} {minutes:8g} {before:11.0f} {peak():8.0f} {first:7.1f} {again:7.1f}")
 
 
 def peak() -> float:
@@ -106,19 +105,19 @@ def peak() -> float:
 
 def windows(names: list[str], steps: int) -> None:
     print(f"windows against the whole, after {steps} steps: greatest and mean difference\n")
-    print(f"{'':22} {'unit':>5} " + " ".join(f"{size:>16}" for size in WINDOWS))
+    print(f"{'':16} {'unit':>5} " + " ".join(f"{size:>16}" for size in WINDOWS))
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
         os.environ["XDG_CACHE_HOME"] = str(home / "cache")
         store = store_of(home)
         for name in names:
-            run = trained(home / name.replace(":", "-"), store, name, steps)
+            run = trained(home / name, store, name, steps)
             made = {size: _made(run, size) for size in (*WINDOWS, 10**6)}
             whole = made.pop(10**6)
             wave = run.model.gives == "wave"  # type: ignore[union-attr]
             scale = 1.0 if wave else 20 / np.log(10)
             differences = [scale * np.abs(found - whole) for found in made.values()]
-            print(f"{name:22} {'' if wave else 'dB':>5} "
+            print(f"{name:16} {'' if wave else 'dB':>5} "
                   + " ".join(f"{found.max():8.2g} {found.mean():7.1g}" for found in differences), flush=True)
 
 

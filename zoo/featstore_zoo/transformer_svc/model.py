@@ -25,11 +25,12 @@ from featstore_zoo.acoustic import (
     ssim_distance,
 )
 from featstore_zoo.conditioner import Conditioner
-from featstore_zoo.song import WINDOW, Features, conditioned
+from featstore_zoo.song import CONTEXT, WINDOW, Features, conditioned
 from featstore_zoo.transformer import PlainTransformer, RelativeMapper
 
 Variant = Literal["relative", "plain", "plain-unmasked"]
-TRAINING = {"frames": 512, "batch": 64, "learning_rate": 4e-4, "beta1": 0.9, "beta2": 0.999, "clip": 1.0}
+LEARNT = 512  # frames of a crop
+TRAINING = {"frames": LEARNT, "batch": 64, "learning_rate": 4e-4, "beta1": 0.9, "beta2": 0.999, "clip": 1.0}
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,10 @@ class Model(Acoustic):
 
     def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW) -> Tensor:
         """Log-mel (1, frames, n_mels) of a song, with relative positions what `forward` gives at once (see
-        `Acoustic.song`); torch's encoder counts frames from where a window begins, as it has learnt to."""
+        `Acoustic.song`). torch's encoder counts frames from where a window begins: it is given no more than it has
+        learnt from, whatever `size`."""
         if self.config.variant != "relative":
-            return super().song(features, frames, generator, size)
+            return super().song(features, frames, generator, LEARNT if frames <= LEARNT else LEARNT - 2 * CONTEXT)
         mapper: Any = self.acoustic_mapper
         made = mapper.song(conditioned(self.condition_encoder, features, frames, size), size)
         return self.unscaled(made.to(self.mel_low.device)).cpu()
