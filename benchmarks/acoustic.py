@@ -82,7 +82,10 @@ COMMON: dict[str, Any] = {"batch": 4, "frames": 64, "ema": 0.98, "weight_decay":
                           "width": 64}
 STACK = {"channels": 96, "layers": 6, "step_dim": 64, "step_hidden": 128, "learning_rate": 2e-3, "decay_every": 1000}
 LEARN: dict[str, dict[str, Any]] = {
-    "diffwavenet-svc": STACK | {"steps": 4000, "noise_steps": 100, "last_beta": 0.06},  # as DiffSVC has it
+    # Noise as DiffSVC has it. Ancestral sampling, since what a network trained this briefly leaves of the noise adds up
+    # along the path of the others; see the table of samplers.
+    "diffwavenet-svc": STACK | {"steps": 6000, "decay_every": 1500, "noise_steps": 100, "last_beta": 0.06,
+                                "sampler": "ddpm", "sampling_steps": 50},
     "transformer-svc": {"layers": 3, "hidden": 128, "steps": 1000, "decay_every": 300, "learning_rate": 1e-3},
     "como-svc": STACK | {"encoder_layers": 2, "hidden": 128, "steps": 3500},
     "como-svc:student": {"steps": 500, "decay_every": 500, "learning_rate": 5e-4},
