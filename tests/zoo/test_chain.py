@@ -37,7 +37,8 @@ def place(tmp_path_factory):
             target.symlink_to(ROOT / "examples" / "corpus" / f"{name}.flac")
         typed(home, "extract", "corpus", "songs.zarr", "-f", "log-mel", "-f", "mel22=log-mel:22k-80", "-f", "f0:dio",
               "-f", "loudness", "-f", "wave", "--workers", "0")
-        typed(home, "train", "nsf-hifigan", "songs.zarr", "-o", "voc", "--smoke", "--steps", "4", "--workers", "0")
+        typed(home, "train", "nsf-hifigan", "songs.zarr", "-o", "voc", "--smoke", "--steps", "4", "--workers", "0",
+              "--set", "valid_utterances=0")
         yield home
 
 
