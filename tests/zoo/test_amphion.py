@@ -223,6 +223,7 @@ def test_a_run_without_its_encoder_says_which(real, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     _, found = imported(real, tmp_path / "run")
+    assert "energy:mel,sample_rate=24000" in (found.path / "recipe.toml").read_text()
     with pytest.raises(fs.errors.MissingWeights, match=r"needs contentvec weights, not found on this machine .*"
                        r"Give --weights contentvec=FILE"):
         convert.file(SENTENCE, to="little_singers_Ann", run=found.path, out=tmp_path / "out.wav")

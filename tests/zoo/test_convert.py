@@ -377,3 +377,20 @@ def test_f0_comes_as_early_as_the_weights_learnt_it(runs, short, tmp_path):
     np.testing.assert_allclose(early[:-2], plain[2:], rtol=1e-5)
     with pytest.raises(ValueError, match=r"f0_early_s 1: expected seconds"):
         conversions.acoustic(tmp_path / "other", "transformer_svc", f0_early_s=1.0)
+
+
+@pytest.mark.parametrize("request_", ["energy", "energy:mel,n_mels=80", "energy:stft,hop=300", "loudness:A", "f0:dio",
+                                      "log-mel:44k-128", "speaker", "speaker:d-vector,rate=2", "wave:16k"])
+def test_what_made_a_feature_can_be_asked_for_again(request_):
+    (extractor,) = conversions.parse(request_).values()
+    spec = fs.Spec.of(extractor)
+    (again,) = conversions.parse(run.request_of(spec)).values()
+    assert fs.Spec.of(again).identity == spec.identity
+
+
+def test_layers_are_asked_for_by_their_range():
+    spec = fs.Spec("whisper", 1, "continuous", 50, 16000, dim=8, dtype="float16", weights="sha256:77",
+                   settings={"layer": [9, 10, 11], "mix": "mean", "context": "short", "mels": 80})
+    assert run.request_of(spec) == "whisper,layer=9..11,mix=mean,context=short"
+    spec = fs.Spec("wavlm", 1, "continuous", 50, 16000, dim=8, dtype="float16", settings={"layer": "output", "mix": ""})
+    assert run.request_of(spec) == "wavlm,mix="

@@ -287,28 +287,39 @@ def request_of(spec: Spec) -> str:
     if spec.made_by not in TABLE:
         return spec.made_by
     try:
-        known = {f.name for f in dataclasses.fields(_class_of(spec, parse))}
+        head, known = _head(spec, parse)
     except (RequestError, ImportError):
-        known = set(spec.settings)
-    named = {name: value for name, value in spec.settings.items()
-             if name in known and name != "weights" and _plain(value)}
-    return ",".join([spec.made_by, *(f"{name}={_text(value)}" for name, value in named.items())])
+        head, known = spec.made_by, set(spec.settings)
+    named = {name: text for name, value in spec.settings.items()
+             if name in known and name != "weights" and (text := _text(value)) is not None}
+    return ",".join([head, *(f"{name}={text}" for name, text in named.items())])
 
 
-def _class_of(spec: Spec, parse: Callable[..., Any]) -> Any:
-    """The class that made a spec: an extractor whose request may lead to another class says so by its settings."""
-    made = type(parse(spec.made_by)[spec.made_by])
-    if not set(spec.settings) & {f.name for f in dataclasses.fields(made)}:
-        raise ImportError(f"{made.__name__} has none of the settings of {spec.made_by}")
-    return made
+def _head(spec: Spec, parse: Callable[..., Any]) -> tuple[str, set[str]]:
+    """The extractor that made a spec, with the preset that leads to its class where there are several; its settings."""
+    found = {spec.made_by: _settings_of(parse(spec.made_by)[spec.made_by])}
+    presets = getattr(type(parse(spec.made_by)[spec.made_by]), "PRESETS", ())
+    if not isinstance(presets, Mapping):  # presets of other classes
+        for preset in presets:
+            found[f"{spec.made_by}:{preset}"] = _settings_of(parse(f"{spec.made_by}:{preset}")[spec.made_by])
+    said = set(spec.settings)
+    head = max(found, key=lambda name: (len(found[name] & said) - len(found[name] - said), -len(name)))
+    return head, found[head]
 
 
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float)
+def _settings_of(extractor: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(extractor)}
 
 
-def _text(value: Any) -> str:
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+def _text(value: Any) -> str | None:
+    """A setting as a request says it; None for what a request cannot say, or says by leaving it out."""
+    if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+        return f"{value[0]}..{value[-1]}" if value == list(range(value[0], value[-1] + 1)) else None  # layers
+    if value == "output":  # the layer that is taken where none is named
+        return None
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, str | int | float) else None
 
 
 def _document(root: Path) -> dict[str, Any]:
