@@ -7,6 +7,7 @@ never a perfect score. What is compared frame by frame is on one grid; `dtw.path
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ QUIET = 1e-4       # full scale is 1: what never exceeds -80 dB is silence, of w
 GROSS = 0.2        # of f0: farther off is a gross error (de Cheveigné and Kawahara, 2002)
 PERIOD_MS = 40.0   # a window of two periods at 50 Hz
 LEVEL_MS = 25.0
+BLOCK = 2048       # frames that are transformed at a time
 MOST_DB = 100.0    # of SI-SDR: what 16 bits hold is 98 dB, and an equal signal would be infinitely far above
 RESOLUTIONS = ((512, 50, 240), (1024, 120, 600), (2048, 240, 1200))  # n_fft, hop, window (Yamamoto, 2020, table 1)
 
@@ -91,9 +93,13 @@ def mel_cepstra(wave: Array, sample_rate: int, order: int = CEPSTRA) -> Array:
     x = np.ascontiguousarray(wave, np.float64)
     f0, times = pyworld.dio(x, sample_rate, frame_period=FRAME_MS)
     envelope = pyworld.cheaptrick(x, pyworld.stonemask(x, f0, times, sample_rate), times, sample_rate)  # power, (T, K)
-    cepstrum = np.fft.irfft(np.log(envelope) / 2, axis=1)[:, :envelope.shape[1]]
+    return np.concatenate([_cepstra_of(power, order, warping(sample_rate)) for power in _blocks(envelope)])
+
+
+def _cepstra_of(power: Array, order: int, alpha: float) -> Array:
+    cepstrum = np.fft.irfft(np.log(power) / 2, axis=1)[:, :power.shape[1]]
     cepstrum[:, 1:-1] *= 2  # of a real, even spectrum: both sides together
-    return warped(cepstrum, order, warping(sample_rate))
+    return warped(cepstrum, order, alpha)
 
 
 def warped(cepstrum: Array, order: int, alpha: float) -> Array:
@@ -191,6 +197,10 @@ def periodicity(wave: Array, sample_rate: int) -> Array:
     window (Boersma, "Accurate short-term analysis of the fundamental frequency", 1993, equation 9).
     """
     frames, window = _frames(wave, sample_rate, PERIOD_MS)
+    return np.concatenate([_peaks(block, window, sample_rate) for block in _blocks(frames)])
+
+
+def _peaks(frames: Array, window: Array, sample_rate: int) -> Array:
     quiet = np.sqrt(np.square(frames).mean(1)) < QUIET
     centred = (frames - frames.mean(1, keepdims=True)) * window
     low, high = int(sample_rate / 1100), min(math.ceil(sample_rate / 50), len(window) // 2)
@@ -206,7 +216,7 @@ def level(wave: Array, sample_rate: int) -> Array:
     20 log10 of the root of the mean square under a Hann window of 25 ms.
     """
     frames, window = _frames(wave, sample_rate, LEVEL_MS)
-    power = np.square(frames) @ window / window.sum()
+    power = np.concatenate([np.square(block) @ window for block in _blocks(frames)]) / window.sum()
     return 10 * np.log10(np.maximum(power, QUIET**2))
 
 
@@ -337,18 +347,28 @@ def silent(reference: Array, converted: Array) -> str:
 
 
 def _spectral_distance(one: Array, other: Array, n_fft: int, hop: int, width: int) -> float:
-    first, second = (np.maximum(_magnitudes(wave, n_fft, hop, width), 1e-7) for wave in (one, other))
-    convergence = np.linalg.norm(first - second) / np.linalg.norm(first)
-    return float(convergence + np.abs(np.log(first) - np.log(second)).mean())
+    apart = power = logs = count = 0.0
+    for blocks in zip(*(_magnitudes(wave, n_fft, hop, width) for wave in (one, other)), strict=True):
+        first, second = (np.maximum(block, 1e-7) for block in blocks)
+        apart += np.square(first - second).sum()
+        power += np.square(first).sum()
+        logs += np.abs(np.log(first) - np.log(second)).sum()
+        count += first.size
+    return float(np.sqrt(apart / power) + logs / count)
 
 
-def _magnitudes(wave: Array, n_fft: int, hop: int, width: int) -> Array:
-    """(T, n_fft // 2 + 1): frames centred every `hop` samples, a periodic Hann window of `width`."""
+def _magnitudes(wave: Array, n_fft: int, hop: int, width: int) -> Iterator[Array]:
+    """(T, n_fft // 2 + 1), block by block: frames centred every `hop` samples, a periodic Hann window of `width`."""
     left = (n_fft - width) // 2
     window = np.pad(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(width) / width), (left, n_fft - width - left))
     padded = np.pad(np.asarray(wave, np.float64), n_fft // 2)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop]
-    return np.abs(np.fft.rfft(frames * window))
+    for frames in _blocks(np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop]):
+        yield np.abs(np.fft.rfft(frames * window))
+
+
+def _blocks(frames: Array) -> Iterator[Array]:
+    """`BLOCK` frames at a time: what is made of them is many times as large, and of a song would fill the memory."""
+    return (frames[start:start + BLOCK] for start in range(0, len(frames), BLOCK))
 
 
 @lru_cache(maxsize=16)
