@@ -112,7 +112,7 @@ class Whisper:
         more = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
         heard = self._processor(wave, sampling_rate=SAMPLE_RATE, return_tensors="pt", **more).to(self._device)
         options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "return_timestamps": long}
-        if self._model.generation_config.is_multilingual and language:
+        if language and getattr(self._model.generation_config, "is_multilingual", False):
             options |= {"language": language, "task": "transcribe"}
         with torch.inference_mode():
             tokens = self._model.generate(**heard, **options)
