@@ -42,6 +42,7 @@ COMMANDS = {  # section: what is run for it
     "acoustic sampling": "acoustic.py sampling",
     "acoustic training": "acoustic.py train",
     "acoustic learning": "acoustic.py learn",
+    "evaluation": "evaluate.py --report",
 }
 LIBRARIES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # where a machine sets them, a current numpy is slowed down
 
