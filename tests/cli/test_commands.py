@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOTS = os.pathsep.join(str(ROOT / name) for name in (".", "extractors", "align", "cli", "tests"))
 COMMANDS = ["scan", "extract", "status", "why", "use", "info", "ls", "plot", "split", "verify", "rm", "compact", "copy",
             "export", "import", "pack", "weights", "train", "vocode", "convert", "zoo", "evaluate",
-            "probe"]
+            "probe", "report", "listen"]
 
 
 def run(*words: object) -> Result:

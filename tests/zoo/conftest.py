@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,8 +36,6 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def songs(voices: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sentences with loudness, energy, and what stands in for an encoder ("spin", 50 Hz) and a voice ("voice")."""
-    import shutil
-
     import numpy as np
 
     path = tmp_path_factory.mktemp("songs") / "songs.zarr"
@@ -51,3 +52,21 @@ def songs(voices: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.write(key, "spin", drawn.standard_normal((frames, 12)).astype(np.float16))
             writer.write(key, "voice", drawn.standard_normal(8).astype(np.float32))
     return path
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window, driven through its driver."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                     "--window-size=1400,1000"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    running = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield running
+    running.quit()

@@ -24,6 +24,7 @@ Head = str | tuple[str, str]  # of a column, and a finer line below it
 
 INK = "#010203"  # what a figure draws in the colour of the text: no other colour is written so
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by all eyes
+SHORT = 8192     # samples: Chromium does not play a FLAC of one block, which has 4096
 DPI = 130  # of pictures inside figures
 PICTURE = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)")
 
@@ -48,7 +49,7 @@ def page(title: str, body: Markup, *, links: Sequence[tuple[str, str]] = (), foo
         ImportError: without jinja2, naming the extra.
     """
     return _templates().get_template("page.html").render(
-        title=title, body=body, links=links, footer=footer, css=_own("page.css"), js=_own("page.js"),
+        title=title, body=body, links=links, footer=footer, css=own("page.css"), js=own("page.js"),
         version=metadata.version("featstore"))
 
 
@@ -105,14 +106,22 @@ def image(pixels: np.ndarray, alt: str, caption: str = "") -> Markup:
 
 
 def player(wave: np.ndarray, sample_rate: int, label: str, *, small: bool = False) -> Markup:
-    """A player of a waveform (N,). small: as Vorbis, a tenth of the bytes, and not bit for bit."""
+    """A player of a waveform (N,). small: see `sound`."""
+    return markup('<audio controls preload="metadata" aria-label="{}" src="{}"></audio>').format(
+        label, sound(wave, sample_rate, small=small))
+
+
+def sound(wave: np.ndarray, sample_rate: int, *, small: bool = False) -> str:
+    """A waveform (N,) as the address of a sound that lies inside the page. small: as Vorbis, a tenth of the bytes, and
+    not bit for bit."""
     import soundfile as sf
 
     held = io.BytesIO()
     form, subtype, kind = ("OGG", "VORBIS", "audio/ogg") if small else ("FLAC", "PCM_16", "audio/flac")
+    if not small and len(wave) <= SHORT:
+        form, kind = "WAV", "audio/wav"
     sf.write(held, np.clip(wave, -1, 1), sample_rate, format=form, subtype=subtype)
-    return markup('<audio controls preload="metadata" aria-label="{}" src="{}"></audio>').format(
-        label, _data(held.getvalue(), kind))
+    return _data(held.getvalue(), kind)
 
 
 def inked() -> dict[Any, Any]:
@@ -136,7 +145,8 @@ def _data(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _own(name: str) -> Markup:
+def own(name: str) -> Markup:
+    """A file beside the templates, as it is."""
     return markup((resources.files(__package__) / "templates" / name).read_text("utf-8"))
 
 

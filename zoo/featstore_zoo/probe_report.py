@@ -40,7 +40,7 @@ def write(study: Study, folder: Path) -> list[Path]:
     files = {"probe.json": json.dumps(study.to_json(), indent=1, ensure_ascii=False).encode() + b"\n",
              "probe.png": held.getvalue(), "index.html": html(study).encode()}
     for name, content in files.items():
-        storage.overwrite(folder / name, content)
+        storage.put(folder / name, content)
     return [folder / name for name in files]
 
 

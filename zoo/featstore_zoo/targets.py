@@ -27,6 +27,7 @@ FEWEST = 4        # units that a class needs: one for each fold
 QUIET_DB = -100.0  # energy below this is silence, as the floor of a log-mel is
 LETTERS = 3       # utterances in which a character must occur to be one that a probe can learn
 TEXT_S = 1800.0   # seconds of speech that text is learnt from and tested on
+LONGEST_S = 20.0  # of one utterance of them: a batch is as long as its longest
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,9 @@ def voicing(hz: Array, frame_of: Array, labels: Labels) -> Target | str:
 
 
 def text(utterances: Sequence[StoredUtterance], labels: Labels) -> Target | str:
-    """The characters, by CTC. Utterances with a rare character are left out, and those beyond TEXT_S seconds."""
-    texts = [plain_text(u.text or "") for u in utterances]
+    """The characters, by CTC. Utterances with a rare character or over LONGEST_S are left out, as are those beyond
+    TEXT_S seconds of all."""
+    texts = [plain_text(u.text or "") if u.duration_s <= LONGEST_S else "" for u in utterances]
     common = {c for c, n in Counter(c for t in texts for c in set(t)).items() if n >= LETTERS}
     usable = [i for i, t in enumerate(texts) if t and set(t) <= common]
     seconds = np.cumsum([utterances[i].duration_s for i in usable])
