@@ -131,7 +131,7 @@ def test_what_cannot_be_probed_is_said(known: fs.Store) -> None:
 
 
 @pytest.mark.slow
-def test_the_order_known_beforehand_comes_out_on_recordings(shared: Path, tmp_path: Path) -> None:
+def test_recordings_give_their_melody_to_f0_and_their_speakers_to_the_embedding_rather_than_f0(shared: Path, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from featstore_cli import cli
@@ -152,8 +152,8 @@ def test_the_order_known_beforehand_comes_out_on_recordings(shared: Path, tmp_pa
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "report" / "probe.json").read_text())
     value = {(r["target"], r["features"], r["probe"]): r for r in found["results"]}
-    for name in ("log-mel", "f0", "constant"):
-        assert value["speaker", "speaker", "linear"]["value"] > value["speaker", name, "linear"]["value"]
+    for name in ("f0", "constant"):  # not log-mel: its means tell these speakers apart as well, see docs/probes.md
+        assert value["speaker", "speaker", "linear"]["low"] > value["speaker", name, "linear"]["high"]
     assert all(value["f0", "f0", p]["value"] > 0.98 > value["f0", "log-mel", p]["value"] for p in learners.PROBES)
     assert value["f0", "speaker", "linear"]["value"] < value["f0", "log-mel", "linear"]["value"]
     for target, facts in found["targets"].items():
