@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from featstore_zoo.gan import GanConfig
-from featstore_zoo.vocoder import Span, Vocoder, check_blocks, check_steps_up, upsampled, widened
+from featstore_zoo.vocoder import Span, Vocoder, check_blocks, check_steps_up, fold, upsampled, widened
+
+from .fused import activated
 
 TAPS = 12  # of the low-pass filters at twice the rate
 ACTIVATION_REACH = TAPS // 2 - 1  # samples to either side that a sample depends on through both
@@ -85,10 +87,12 @@ class Activation(nn.Module):
     """Snake at twice the rate between two low-pass filters, so that its harmonics do not alias; keeps (B, D, T).
 
     Ends are held, as in the authors' code. (Even and odd samples in two dense channels, without the zeros of doubling,
-    were tried: 2.6 times slower on a CPU than these strided convolutions channel by channel, 5 times backwards.)
+    were tried: 2.6 times slower on a CPU than these strided convolutions channel by channel, 5 times backwards.) On
+    a CPU, once nothing is trained any more, `fused` does the same eight times as fast.
     """
 
     filter: Tensor
+    fused = False
 
     def __init__(self, channels: int, config: Config) -> None:
         super().__init__()
@@ -99,6 +103,10 @@ class Activation(nn.Module):
         self.register_buffer("filter", taps, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            alpha, beta = (scale[:, 0] for scale in self._scales())
+            if (made := activated(x, alpha, beta + 1e-9, self.filter)) is not None:
+                return made
         channels = x.shape[1]
         taps = self.filter.to(x.dtype).expand(channels, 1, TAPS)
         x = F.pad(x, (TAPS // 2 - 1, TAPS // 2 - 1), mode="replicate")
@@ -147,6 +155,12 @@ class Model(Vocoder):
                                   in zip(config.block_kernels, config.block_dilations, strict=True))
         self.activation_post = Activation(size, config)
         self.conv_post = weight_norm(nn.Conv1d(size, 1, 7, padding=3, bias=config.final_bias))
+
+    def fold(self) -> Self:
+        for part in self.modules():
+            if isinstance(part, Activation):
+                part.fused = True
+        return fold(self)
 
     @property
     def receptive_field(self) -> tuple[int, int]:

@@ -278,6 +278,7 @@ class Model(Acoustic):
 
     def fold(self) -> Model:
         """Puts weight norm into the weights, in place: the same output with less work. Training is over then."""
+        self.dec.fold()
         return fold(self)
 
 
