@@ -272,7 +272,11 @@ SLOW = (NPY, KALDI, LHOTSE, TENSORSTORE, ZARRS, ZARR)
 # --- crops, cold -----------------------------------------------------------------------------------------------------
 
 def cold(home: Path, store: fs.Store, count: int, rounds: int) -> None:
-    """Batches of 32 crops from files that the page cache was told to forget."""
+    """Batches of 32 crops from files that the page cache was told to forget.
+
+    A virtual disk has a cache behind it, which reading ahead would fill with the flat file alone: all files are read
+    once before, and the ways begin in turn.
+    """
     if not (hasattr(os, "posix_fadvise") and Path("/proc/self/io").exists()):
         print("\ncold reads: missing, this platform cannot forget a file, or does not tell what came from the disk")
         return
@@ -307,8 +311,11 @@ def cold(home: Path, store: fs.Store, count: int, rounds: int) -> None:
         "featstore mapped, opened and read": mapped}
     rng, times = np.random.default_rng(1), {name: [] for name in ways}
     came: list[float] = []
-    for _ in range(rounds + 1):
-        for name, work in ways.items():
+    for path in (flat, *frames):
+        path.read_bytes()
+    for number in range(rounds + 1):
+        for name in sorted(ways, key=lambda name: (list(ways).index(name) + number) % len(ways)):
+            work = ways[name]
             storage.handles.forget(str(store.path))  # maps keep their pages
             for path in (flat, *frames):
                 forget(path)
