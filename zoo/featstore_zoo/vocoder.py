@@ -22,8 +22,8 @@ from torch.nn.utils import parametrize
 from featstore.errors import ContractMismatch, LengthMismatch
 from featstore_extractors.signal import MelContract
 
-__all__ = ["Span", "Vocoder", "VocoderConfig", "check_blocks", "check_steps_up", "fold", "inverse_stft", "mixed",
-           "noise", "seed_of", "upsampled", "widened", "window"]
+__all__ = ["Span", "Vocoder", "VocoderConfig", "check_steps_up", "fold", "inverse_stft", "mixed", "noise", "seed_of",
+           "upsampled", "widened", "window"]
 
 BLOCK = 32  # frames whose noise is drawn at once: about a training crop
 
@@ -205,17 +205,6 @@ def check_steps_up(rates: tuple[int, ...], kernels: tuple[int, ...], channels: i
     if channels < 1 or channels % 2 ** len(rates):
         raise ValueError(f"channels {channels} must be a multiple of {2 ** len(rates)}: they are halved {len(rates)} "
                          "times")
-
-
-def check_blocks(kernels: tuple[int, ...], dilations: tuple[tuple[int, ...], ...]) -> None:
-    """Raises ValueError unless parallel residual blocks have odd kernels and a tuple of dilations each."""
-    if len(dilations) != len(kernels) or not kernels:
-        raise ValueError(f"{len(dilations)} block_dilations for {len(kernels)} block_kernels: give one tuple of "
-                         "dilations for each kernel")
-    if any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
-        raise ValueError(f"block_kernels {kernels} must be odd, or they cannot be centred")
-    if any(not each or min(each) < 1 for each in dilations):
-        raise ValueError(f"block_dilations {dilations} must be numbers of at least 1, and some for each kernel")
 
 
 def inverse_stft(real: Tensor, imaginary: Tensor, config: MelContract) -> Tensor:

@@ -13,12 +13,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from featstore_zoo.gan import GanConfig
-from featstore_zoo.vocoder import Vocoder, check_blocks, inverse_stft
+from featstore_zoo.residual import ResBlock1, check_blocks, conv, reach
+from featstore_zoo.vocoder import Vocoder, inverse_stft
 
-SLOPE = 0.1
 LOUDEST = 10.0  # log-amplitude of a bin, above any that full scale can give: early training does not overflow
 
 
@@ -57,8 +56,7 @@ class Config(GanConfig):
     @property
     def block_reach(self) -> int:
         """Frames that the widest residual block looks to either side."""
-        return max(sum(dilation + 1 for dilation in dilations) * (kernel - 1) // 2
-                   for kernel, dilations in zip(self.block_kernels, self.block_dilations, strict=True))
+        return reach(self.block_kernels, self.block_dilations)
 
 
 class Spectrum(NamedTuple):
@@ -70,27 +68,13 @@ class Spectrum(NamedTuple):
     imaginary: Tensor
 
 
-class ResBlock(nn.Module):
-    """x + conv(conv(x)) for each dilation; (B, D, T) -> (B, D, T)."""
-
-    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
-        super().__init__()
-        self.convs1 = nn.ModuleList(conv(channels, channels, kernel, dilation) for dilation in dilations)
-        self.convs2 = nn.ModuleList(conv(channels, channels, kernel) for _ in dilations)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for first, second in zip(self.convs1, self.convs2, strict=True):
-            x = x + second(F.leaky_relu(first(F.leaky_relu(x, SLOPE)), SLOPE))
-        return x
-
-
 class Stream(nn.Module):
     """Log-mel (B, n_mels, T) to `outputs` pictures (B, n_fft // 2 + 1, T)."""
 
     def __init__(self, config: Config, outputs: int) -> None:
         super().__init__()
         self.input = conv(config.n_mels, config.channels, config.kernel)
-        self.blocks = nn.ModuleList(ResBlock(config.channels, kernel, dilations) for kernel, dilations
+        self.blocks = nn.ModuleList(ResBlock1(config.channels, kernel, dilations) for kernel, dilations
                                     in zip(config.block_kernels, config.block_dilations, strict=True))
         self.outputs = nn.ModuleList(conv(config.channels, config.n_fft // 2 + 1, config.kernel)
                                      for _ in range(outputs))
@@ -136,8 +120,3 @@ class Model(Vocoder):
     def waveform(self, spectrum: Spectrum) -> Tensor:
         """Waveform (B, T hop_length) of a spectrum."""
         return inverse_stft(spectrum.real, spectrum.imaginary, self.config)
-
-
-def conv(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Conv1d:
-    """A convolution that keeps the length, with weight norm."""
-    return weight_norm(nn.Conv1d(inputs, outputs, kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2))

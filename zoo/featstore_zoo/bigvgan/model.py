@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from featstore_zoo.gan import GanConfig
-from featstore_zoo.vocoder import Span, Vocoder, check_blocks, check_steps_up, fold, upsampled, widened
+from featstore_zoo.residual import check_blocks, conv
+from featstore_zoo.vocoder import Span, Vocoder, check_steps_up, fold, upsampled, widened
 
 from .fused import activated
 
@@ -181,9 +182,6 @@ class Model(Vocoder):
         return torch.tanh(x) if self.config.tanh else x.clamp(-1, 1)
 
 
-def conv(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Conv1d:
-    """A convolution that keeps the length, with weight norm."""
-    return weight_norm(nn.Conv1d(inputs, outputs, kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2))
 
 
 def low_pass(cutoff: float, half_width: float, taps: int) -> np.ndarray:

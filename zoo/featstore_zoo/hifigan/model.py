@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from featstore_zoo.gan import GanConfig
-from featstore_zoo.vocoder import Span, Vocoder, check_blocks, check_steps_up, upsampled, widened
-
-SLOPE = 0.1
+from featstore_zoo.residual import SLOPE, ResBlock1, ResBlock2, check_blocks, conv, reach
+from featstore_zoo.vocoder import Span, Vocoder, check_steps_up, upsampled, widened
 
 
 @dataclass(frozen=True)
@@ -64,35 +63,7 @@ class Config(GanConfig):
     @property
     def block_reach(self) -> int:
         """Samples that the widest residual block looks to either side."""
-        return max(sum(dilation + (self.resblock == 1) for dilation in dilations) * (kernel - 1) // 2
-                   for kernel, dilations in zip(self.block_kernels, self.block_dilations, strict=True))
-
-
-class ResBlock1(nn.Module):
-    """x + conv(conv(x)) for each dilation; (B, D, T) -> (B, D, T)."""
-
-    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
-        super().__init__()
-        self.convs1 = nn.ModuleList(conv(channels, channels, kernel, dilation) for dilation in dilations)
-        self.convs2 = nn.ModuleList(conv(channels, channels, kernel) for _ in dilations)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for first, second in zip(self.convs1, self.convs2, strict=True):
-            x = x + second(F.leaky_relu(first(F.leaky_relu(x, SLOPE)), SLOPE))
-        return x
-
-
-class ResBlock2(nn.Module):
-    """x + conv(x) for each dilation; (B, D, T) -> (B, D, T)."""
-
-    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(conv(channels, channels, kernel, dilation) for dilation in dilations)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.convs:
-            x = x + layer(F.leaky_relu(x, SLOPE))
-        return x
+        return reach(self.block_kernels, self.block_dilations, layers=3 - self.resblock)
 
 
 class Model(Vocoder):
@@ -131,8 +102,3 @@ class Model(Vocoder):
             x = sum(block(x) for block in blocks) / parallel
         x = self.conv_post(F.leaky_relu(x))  # with torch's slope of 0.01 here, as in the authors' code
         return torch.tanh(x).squeeze(1)
-
-
-def conv(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Conv1d:
-    """A convolution that keeps the length, with weight norm."""
-    return weight_norm(nn.Conv1d(inputs, outputs, kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2))

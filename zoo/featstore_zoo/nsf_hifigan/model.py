@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from featstore_zoo.gan import GanConfig
-from featstore_zoo.vocoder import Span, Vocoder, check_blocks, check_steps_up, mixed, noise, seed_of, upsampled, widened
+from featstore_zoo.residual import SLOPE, ResBlock1, check_blocks, conv, reach
+from featstore_zoo.vocoder import Span, Vocoder, check_steps_up, mixed, noise, seed_of, upsampled, widened
 
-SLOPE = 0.1
 FRAMES = 2048  # of source made at once: an hour of nine sines would not fit in memory
 
 
@@ -72,8 +72,7 @@ class Config(GanConfig):
     @property
     def block_reach(self) -> int:
         """Samples that the widest residual block looks to either side."""
-        return max(sum(dilation + 1 for dilation in dilations) * (kernel - 1) // 2
-                   for kernel, dilations in zip(self.block_kernels, self.block_dilations, strict=True))
+        return reach(self.block_kernels, self.block_dilations)
 
 
 class Source(nn.Module):
@@ -123,20 +122,6 @@ class Source(nn.Module):
         return torch.tanh(excitation).flatten(1)[:, None]
 
 
-class ResBlock(nn.Module):
-    """x + conv(conv(x)) for each dilation; (B, D, T) -> (B, D, T)."""
-
-    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
-        super().__init__()
-        self.convs1 = nn.ModuleList(conv(channels, channels, kernel, dilation) for dilation in dilations)
-        self.convs2 = nn.ModuleList(conv(channels, channels, kernel) for _ in dilations)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for first, second in zip(self.convs1, self.convs2, strict=True):
-            x = x + second(F.leaky_relu(first(F.leaky_relu(x, SLOPE)), SLOPE))
-        return x
-
-
 class SourceConv(nn.Conv1d):
     """The excitation (B, 1, N) brought to the rate of a stage, (B, D, N / stride); `stride` samples become one."""
 
@@ -168,7 +153,7 @@ class Model(Vocoder):
             self.ups.append(weight_norm(up))
             size, stride = size // 2, stride // rate
             self.noise_convs.append(SourceConv(size, stride))
-            self.resblocks.extend(ResBlock(size, width, dilations) for width, dilations
+            self.resblocks.extend(ResBlock1(size, width, dilations) for width, dilations
                                   in zip(config.block_kernels, config.block_dilations, strict=True))
         self.conv_post = conv(size, 1, 7)
 
@@ -203,8 +188,3 @@ class Model(Vocoder):
             x = sum(block(x) for block in blocks) / parallel
         x = self.conv_post(F.leaky_relu(x))  # with torch's slope of 0.01 here, as in HiFi-GAN's code
         return torch.tanh(x).squeeze(1)
-
-
-def conv(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Conv1d:
-    """A convolution that keeps the length, with weight norm."""
-    return weight_norm(nn.Conv1d(inputs, outputs, kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2))
