@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def own_cache(pytestconfig: pytest.Config) -> None:
     """Digests of weights are remembered here, not in the cache of whoever runs the tests."""
     os.environ["XDG_CACHE_HOME"] = str(pytestconfig.rootpath / ".pytest_cache" / "xdg")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would the processes that tests send it to."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
