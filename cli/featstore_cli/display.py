@@ -7,7 +7,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -81,47 +81,63 @@ def flags(found: Mapping[str, Sequence[str]]) -> None:
         click.echo(visible(f"  {flag}: {', '.join(keys[:3])}{more}"), err=True)
 
 
-class ExtractProgress:
-    """Shows how far an extraction is: a bar on a terminal, a line now and then elsewhere; on stderr."""
+class Bar:
+    """A bar on a terminal, a line now and then elsewhere; on stderr.
 
-    def __init__(self) -> None:
+    left: whether the time that is left is told. silent_s: for how long there is no line.
+    """
+
+    def __init__(self, *, left: bool = False, silent_s: float = LINE_S) -> None:
+        self._left = left
         self._bar: Any = None
         self._task: Any = None
-        self._last = time.monotonic()
+        self._last = time.monotonic() - LINE_S + silent_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def show(self, done: float, total: float | None, text: str, *, say: bool = False) -> None:
+        """total: None where nobody knows: the bar swings. say: a line that is not waited with."""
+        if sys.stderr.isatty():
+            self._draw(done, total, text)
+        elif say or time.monotonic() - self._last >= LINE_S:
+            self._last = time.monotonic()
+            click.echo(text, err=True)
+
+    def stop(self) -> None:
+        """Take the bar away, for other lines to follow, or another bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _draw(self, done: float, total: float | None, text: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._bar is None:
+            columns = (BarColumn(20), *([TimeRemainingColumn()] if self._left else []),
+                       TextColumn("{task.description}", markup=False))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done, total=total, description=visible(text))
+
+
+class ExtractProgress(Bar):
+    """Shows how far an extraction is."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._warned = False
 
     def __call__(self, progress: Progress) -> None:
         if progress.stopping and not self._warned:
             self._warned = True
             click.echo("Stopping after what is under way; press again to stop at once (loses at most 60 s).", err=True)
-        if sys.stderr.isatty():
-            self._draw(progress)
-        elif time.monotonic() - self._last >= LINE_S:
-            self._last = time.monotonic()
-            click.echo(line(progress), err=True)
-
-    def __enter__(self) -> ExtractProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Take the bar away, for other lines to follow."""
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _draw(self, progress: Progress) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        if self._bar is None:
-            self._bar = Bar(BarColumn(20), TextColumn("{task.description}"), console=Console(stderr=True),
-                            transient=True)
-            self._task = self._bar.add_task("", total=progress.total)
-            self._bar.start()
-        self._bar.update(self._task, completed=progress.done, description=line(progress))
+        self.show(progress.done, progress.total, line(progress))
 
 
 def line(progress: Progress) -> str:

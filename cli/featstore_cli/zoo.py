@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,11 @@ from .request import PlaceType, json_option, open_store
 if TYPE_CHECKING:
     from featstore import Progress
     from featstore.storage import Place
+    from featstore_zoo.sources import Made, Stage
     from featstore_zoo.training import Told
-    from featstore_zoo.vocode import Made
 
+ONE_DEVICE = click.option("--device", default="cpu", show_default=True, metavar="DEVICE",
+                          help="cpu, cuda, cuda:1, mps.")
 DEVICE = click.option("--device", default="cpu", show_default=True, metavar="DEVICE",
                       help="cpu, cuda, cuda:0,1 (both train one model), mps.")
 OUT = click.option("-o", "--out", required=True, type=click.Path(path_type=Path))
@@ -107,7 +108,7 @@ def _check_resumed(out: Path, model: str, given: Mapping[str, Any]) -> None:
 @click.option("--vocoder", required=True, metavar="RUN|griffin-lim", help="Folder of a run, or no network at all.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A .wav or .flac file, or a folder.")
 @click.option("--format", "form", type=click.Choice(["wav", "flac"]), help="Of files in a folder.  [default: wav]")
-@DEVICE
+@ONE_DEVICE
 @click.option("--precision", type=click.Choice(["32", "bf16", "16"]), default="32", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Through torch.compile: a minute first, then faster.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of vocoders that draw noise.")
@@ -122,8 +123,10 @@ def vocode(inputs: tuple[Place, ...], vocoder: str, out: Path, form: str | None,
     """
     from featstore_zoo import vocode as v
 
-    made = v.files(inputs, vocoder, out, device=device, seed=seed, precision=precision, compiled=compiled, form=form,
-                   progress=None if as_json else _say_made())
+    with display.Bar() as begun, SongProgress(begun) as watch:
+        begun.show(0, None, "models, features")
+        made = v.files(inputs, vocoder, out, device=device, seed=seed, precision=precision, compiled=compiled,
+                       form=form, progress=None if as_json else _say_made(), watch=watch)
     if as_json:
         display.say_json([{"key": one.key, "path": str(one.path), "seconds": one.seconds, "took_s": one.took_s}
                           for one in made])
@@ -144,7 +147,7 @@ def vocode(inputs: tuple[Place, ...], vocoder: str, out: Path, form: str | None,
 @click.option("--steps", type=click.IntRange(1), help="Of sampling.  [default: the run's]")
 @click.option("--sampler", help="ddpm, ddim, dpm-solver++; of CoMoSVC euler, heun.  [default: the run's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all that is random.")
-@DEVICE
+@ONE_DEVICE
 @click.option("--precision", type=click.Choice(["32", "bf16", "16"]), default="32", show_default=True)
 @click.option("--window", type=click.IntRange(64), default=1024, show_default=True, help="Frames at a time.")
 @click.option("--sources", type=PlaceType(), metavar="STORE", help="Where features are kept.  [default: the cache]")
@@ -162,17 +165,21 @@ def convert(inputs: tuple[Place, ...], to: str, run: Path, vocoder: str | None, 
     from featstore_zoo import convert as c
 
     semitones: c.Key = "auto" if key == "auto" else _semitones(key)
-    with display.ExtractProgress() as shown:
+    with display.Bar() as begun, display.ExtractProgress() as shown, SongProgress(begun) as watch:
+        begun.show(0, None, "models, features")
+
         def extracting(told: Progress) -> None:
+            begun.stop()
             shown(told)
             if told.done >= told.total:
                 shown.stop()
+                begun.show(0, None, "models, features")
 
         how = c.Sources(sources, dict(_pair(text, "--weights", "NAME=FILE") for text in weights),
                         dict(_pair(text, "-f", "NAME=REQUEST") for text in requests), device, extracting)
         made = c.files(inputs, to=to, run=run, out=out, vocoder=vocoder, key=semitones, rounding=rounding, steps=steps,
                        sampler=sampler, seed=seed, device=device, precision=precision, window=window, form=form,
-                       how=how, progress=None if as_json else _say_made())
+                       how=how, progress=None if as_json else _say_made(), watch=watch)
     if as_json:
         display.say_json([{"key": one.key, "path": str(one.path), "seconds": one.seconds, "took_s": one.took_s,
                            "semitones": one.semitones, "remarks": list(one.remarks)} for one in made])
@@ -261,45 +268,34 @@ def show_card(run: Path) -> None:
         raise click.exceptions.Exit(1)
 
 
-class TrainProgress:
-    """Shows how far training is: a bar on a terminal, a line now and then elsewhere; on stderr."""
+class TrainProgress(display.Bar):
+    """Shows how far training is; its first and its last step always."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
-        self._last = 0.0
-
-    def __enter__(self) -> TrainProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        super().__init__(left=True, silent_s=0.0)
 
     def __call__(self, told: Told) -> None:
-        now = time.monotonic()
-        if sys.stderr.isatty():
-            self._draw(told)
-        elif now - self._last >= display.LINE_S or told.step == told.steps:
-            self._last = now
-            click.echo(_told(told), err=True)
-
-    def _draw(self, told: Told) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        if self._bar is None:
-            self._bar = Progress(BarColumn(20), TimeRemainingColumn(), TextColumn("{task.description}"),
-                                 console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("", total=told.steps)
-            self._bar.start()
-        self._bar.update(self._task, completed=told.step, description=_told(told))
+        self.show(told.step, told.steps, _told(told), say=told.step == told.steps)
 
 
 def _told(told: Told) -> str:
     terms = ", ".join(f"{name} {value:.3f}" for name, value in told.terms.items())
     valid = "".join(f"; valid {name} {value:.3f}" for name, value in told.validated.items() if name == "score")
     return f"{told.step:,} of {told.steps:,} steps: {terms}{valid}; waiting for data {100 * told.loader_share:.0f} %"
+
+
+class SongProgress(display.Bar):
+    """Shows how far a song is; `before` is the bar that was there until then."""
+
+    def __init__(self, before: display.Bar) -> None:
+        super().__init__(left=True)
+        self._before = before
+
+    def __call__(self, told: Stage) -> None:
+        self._before.stop()
+        self.show(told.done, 1, f"{told.number:,} of {told.count:,}  {told.what} {100 * told.done:.0f} %  {told.title}")
+        if told.done >= 1:  # what comes next has its own time left
+            self.stop()
 
 
 def _say_made() -> Callable[[Made, int, int], None]:

@@ -25,7 +25,7 @@ from featstore.errors import (
     MissingWeights,
 )
 from featstore_cli import cli
-from featstore_zoo import convert, run, sources
+from featstore_zoo import convert, run, sources, vocode
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 CORPUS = ROOT / "examples" / "corpus"
@@ -78,6 +78,20 @@ def test_every_model_sings_as_long_as_the_recording(name, runs, short, tmp_path)
     assert len(wave) == 48000 and wave.std() > 1e-4
     assert np.array_equal(wave, converted(short, tmp_path / "again.wav", runs, name)[1])
     assert made.remarks[0].startswith(f"key {made.semitones:+.0f} semitones (median ")
+
+
+@pytest.mark.parametrize(("name", "options", "parts"), [
+    ("diffwavenet_svc", {}, 3), ("diffwavenet_svc", {"steps": 7}, 7), ("transformer_svc", {}, 2), ("como_svc", {}, 5),
+    ("como_svc", {"sampler": "heun"}, 7), ("vits_svc", {}, 2)])
+def test_how_far_a_song_is_is_told_after_every_window(name, options, parts, runs, short, tmp_path):
+    conversion = conversion_of(runs, name, vocoder=None if name == "vits_svc" else runs / "voc", window=64, **options)
+    (job,) = sources.jobs([short], conversion.reads, "the run")
+    told: dict[str, list[float]] = {}
+    conversion.write(job, tmp_path / "out.wav", lambda what, done: told.setdefault(what, []).append(done))
+    assert list(told) == ["acoustic model", "waveform"]
+    assert len(told["acoustic model"]) == 3 * parts  # 187 frames; CoMoSVC's transformer has two layers before its steps
+    for done in told.values():
+        assert all(np.diff(done) > 0) and 0 < done[0] <= 0.5 and done[-1] == pytest.approx(1)
 
 
 def test_seed_steps_and_singer_are_heard(runs, short, tmp_path):
@@ -208,7 +222,7 @@ def test_anybody_is_a_target_for_a_run_with_embeddings(runs, short, tmp_path):
     waves = [converted(short, tmp_path / "out.wav", runs, "anybody", to=to, key=0)[1]
              for to in ("alice", SENTENCE, short)]
     assert all(np.abs(one - other).max() > 1e-4 for one, other in ((waves[0], waves[1]), (waves[1], waves[2])))
-    with pytest.raises(BadAudio, match="1 of 1 recordings cannot be used"):
+    with pytest.raises(BadAudio, match=r"nobody to sing like is heard in --to .*silent\.wav: .*no voice"):
         convert.target(**how, to=written(tmp_path / "silent.wav", np.zeros(48000, np.float32)))
 
 
@@ -272,13 +286,13 @@ def test_runs_that_do_not_fit_are_refused(runs, short, tmp_path):
     other = conversions.vocoder(tmp_path / "other", fmax=8000.0)
     with pytest.raises(ContractMismatch, match=r"fmax 8000.* 12000"):
         conversion_of(runs, vocoder=other)
-    for options, told in (({"sampler": "euler"}, "sampler"), ({"steps": 5}, "sampling_steps cannot be changed"),
+    for options, told in (({"sampler": "euler"}, "sampler"), ({"steps": 5}, "not sample in steps: leave out --steps"),
                           ({"window": 3}, "at least 64 frames"), ({"rounding": "up"}, "rounding 'up'")):
         with pytest.raises(BadRequest, match=told):
             conversion_of(runs, **options)
     with pytest.raises(BadRequest, match="has euler and heun"):
         conversion_of(runs, "como_svc", sampler="ddim")
-    with pytest.raises(BadRequest, match="sampling_steps 2000 from 1 to 1000"):
+    with pytest.raises(BadRequest, match="sampling_steps 2000: expected 1 to 1000"):
         conversion_of(runs, "diffwavenet_svc", steps=2000)
 
 
@@ -296,6 +310,24 @@ def test_a_run_of_another_version_is_told(runs, tmp_path):
         conversion_of(tmp_path, "run")
 
 
+def test_singers_that_are_not_the_run_s_are_told(runs, tmp_path):
+    shutil.copytree(runs / "transformer_svc", tmp_path / "run")
+    path = tmp_path / "run" / "singers.json"
+    path.write_text(json.dumps({"alice": conversions.SINGERS["alice"] | {"row": 4}}))
+    with pytest.raises(CannotLoad, match=r"gives alice row 4, and the model has 4"):
+        conversion_of(tmp_path, "run")
+    path.unlink()
+    with pytest.raises(CannotLoad, match=r"singers\.json is missing or empty"):
+        conversion_of(tmp_path, "run")
+
+
+def test_what_is_said_of_a_feature_that_nobody_reads_is_refused(runs):
+    for how, told in ((sources.Sources(weights={"whispr": "x"}), r"--weights whispr=\.\.\.: .* reads no feature"),
+                      (sources.Sources(requests={"mel2": "log-mel"}), r"-f mel2=\.\.\.: .*it has: mel22")):
+        with pytest.raises(BadRequest, match=told):
+            conversion_of(runs, how=how)
+
+
 def test_recordings_that_cannot_be_used_are_told(runs, tmp_path):
     empty, text = tmp_path / "empty.wav", tmp_path / "text.wav"
     written(empty, np.zeros(0, np.float32))
@@ -305,11 +337,13 @@ def test_recordings_that_cannot_be_used_are_told(runs, tmp_path):
             converted(source, tmp_path / "out.wav", runs)
     wave, _ = sf.read(SENTENCE, dtype="float32")
     good = written(tmp_path / "good.flac", wave[20000:30000])
-    with pytest.raises(BadAudio, match=r"2 of 3 recordings cannot be used, such as (empty|text).* The others are in"):
+    with pytest.raises(BadAudio, match=r"2 of 3 .*: empty: no audio.*; text: not audio\. The others are in"):
         convert.files([empty, good, text], to="alice", run=runs / "deaf", vocoder=runs / "voc", out=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.wav"]
+    before = fs.open(sources.sources()).utterances
     with pytest.raises(BadRequest, match="expected a file of wav or flac, or a folder"):
-        converted(good, tmp_path / "out.mp3", runs)
+        converted(written(tmp_path / "other.flac", wave[30000:40000]), tmp_path / "out.mp3", runs)
+    assert list(fs.open(sources.sources()).utterances) == list(before)  # told before anything is extracted
     with pytest.raises(BadRequest, match="does not exist"):
         converted(tmp_path / "nothing.wav", tmp_path / "out.wav", runs)
     assert not (tmp_path / "out.wav").exists()
@@ -360,6 +394,19 @@ def test_smaller_windows_are_tried_where_memory_is_short(runs, short, tmp_path):
     with pytest.raises(CannotLoad, match="cpu has too little memory for a window of 64 frames"):
         conversion.write(job, tmp_path / "none.wav")
     assert [path.name for path in tmp_path.iterdir() if "none" in path.name] == []
+
+
+def test_devices_that_cannot_be_used_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(CannotLoad, match=r"device 'cuda:0,1' cannot be used .*one model runs on one device"):
+        vocode.on(torch.nn.Linear(1, 1), "cuda:0,1", fold=False)
+
+    class Large(torch.nn.Linear):
+        def to(self, device):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(CannotLoad, match="cuda has too little memory for the weights of the model"):
+        vocode.on(Large(1, 1), "cuda", fold=False)
 
 
 def test_weights_that_give_no_numbers_are_told(runs, short, tmp_path):

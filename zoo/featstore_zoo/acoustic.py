@@ -132,11 +132,12 @@ class Acoustic(nn.Module):
         self.register_buffer("mel_low", torch.full((config.n_mels,), math.log(config.floor) / unit))
         self.register_buffer("mel_high", torch.full((config.n_mels,), 2.5 / unit))  # above what full scale reaches
 
-    def song(self, features: Callable[[int, int], Batch], frames: int, generator: torch.Generator, size: int
-             ) -> Tensor:
+    def song(self, features: Callable[[int, int], Batch], frames: int, generator: torch.Generator, size: int,
+             told: Callable[[float], None] = lambda share: None) -> Tensor:
         """Log-mel (1, frames, n_mels) of a whole song, on the CPU, in windows of `size` frames that fade into another.
 
         features: (begin, end) -> those frames of the song, as a batch of one on the model's device.
+        told: hears the share of the work that is done, from 0 to 1, after each window.
 
         A model that is local, samples in steps or gives "wave" has one of its own; of "wave" it gives pieces (n,).
         """
@@ -149,7 +150,7 @@ class Acoustic(nn.Module):
             window: Tensor = self(features(begin, end), generator, begin)
             return window
 
-        return joined(faded(made, frames, size), frames)
+        return joined(faded(made, frames, size), frames, told)
 
     def set_sampling(self, **changes: Any) -> None:
         """Changes how the model samples, by fields of its Config; the weights serve any.

@@ -11,10 +11,11 @@ all of it. Where the song is silent, so is what comes out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -36,10 +37,10 @@ from . import vocode
 from .run import Read, Run, load
 from .singers import Singer
 from .song import LEAST, WINDOW
-from .sources import Job, Made, Sources, jobs, places, refuse, write_audio
+from .sources import Job, Made, Sources, Stage, Watch, check_out, jobs, places, refuse, staged, write_audio
 from .vocode import GRIFFIN_LIM, Precision
 
-__all__ = ["Made", "Rounding", "Sources", "Target", "file", "files", "target"]
+__all__ = ["Made", "Rounding", "Sources", "Stage", "Target", "file", "files", "target"]
 
 Array = np.ndarray
 Rounding = Literal["semitones", "octaves", "none"]
@@ -76,7 +77,8 @@ def files(inputs: Sequence[str | storage.Place], *, to: str | Path, run: str | P
           vocoder: str | Path | None = None, key: Key = "auto", rounding: Rounding = "semitones",
           steps: int | None = None, sampler: str | None = None, seed: int = 0, device: str = "cpu",
           precision: Precision = "32", window: int = WINDOW, form: str | None = None, how: Sources | None = None,
-          progress: Callable[[Made, int, int], None] | None = None) -> list[Made]:
+          progress: Callable[[Made, int, int], None] | None = None, watch: Callable[[Stage], None] | None = None
+          ) -> list[Made]:
     """Convert recordings, folders of them, or what stores have; a file for each utterance.
 
     to: a singer of the run, or a recording of anybody for a run that was trained with embeddings.
@@ -87,6 +89,7 @@ def files(inputs: Sequence[str | storage.Place], *, to: str | Path, run: str | P
     seed: of all that is random. window: frames that the acoustic model is given at a time.
     form: wav or flac, in a folder; wav where it is not said.
     how: where features of recordings are kept and how they are made.
+    progress: hears of each song that is written, its number and how many there are. watch: how far a song is.
 
     Raises:
         BadRequest: an unknown singer (the nearest are named), an option that the model does not have.
@@ -97,11 +100,12 @@ def files(inputs: Sequence[str | storage.Place], *, to: str | Path, run: str | P
     """
     conversion = Conversion(load(run), to, vocoder=vocoder, key=key, rounding=rounding, steps=steps, sampler=sampler,
                             seed=seed, device=device, precision=precision, window=window, how=how)
+    check_out(Path(out), form)
     found = jobs(inputs, conversion.reads, str(run), how)
     usable = [job for job in found if not job.reason]
     made: list[Made] = []
-    for job, place in zip(usable, places(usable, Path(out), form), strict=True):
-        made.append(conversion.write(job, place))
+    for number, (job, place) in enumerate(zip(usable, places(usable, Path(out), form), strict=True), 1):
+        made.append(conversion.write(job, place, staged(watch, job, number, len(usable))))
         if progress is not None:
             progress(made[-1], len(made), len(usable))
     refuse(found, f". The others are in {out}")
@@ -127,11 +131,12 @@ class Conversion:
             raise BadRequest(f"key {key:g}: expected semitones from {-FURTHEST} to {FURTHEST}, or auto")
         if key not in ("auto", 0) and "f0" not in self.heard:
             raise BadRequest(f"key {key}: {run.path} does not hear f0 and sings as high as it likes: leave the key out")
-        self.target = target(run, to, how)
         self.vocoder = _vocoder(run, vocoder)
         self.reads = self._reads()
+        _check_names(run, self.reads, how or Sources())
         model: Any = run.model
-        _set_sampling(model, steps, sampler)
+        _set_sampling(model, steps, sampler, str(run.path))
+        self.target = target(run, to, how)
         self.model: Any = vocode.on(model, device, fold=hasattr(model, "fold"))
         self.device = torch.device(device)
         self.speaker: nn.Module | None = vocode.on(self.vocoder.model, device) if self.vocoder else None
@@ -150,7 +155,7 @@ class Conversion:
         early_s = getattr(self.run.settings.config, "f0_early_s", 0.0)
         return _Song(job, self.run.settings.timing, early_s)
 
-    def write(self, job: Job, place: Path) -> Made:
+    def write(self, job: Job, place: Path, watch: Watch = lambda what, done: None) -> Made:
         """Convert an utterance into a file, which appears when it is whole."""
         begin, rate = time.monotonic(), self.contract.sample_rate
         song = self.song(job)
@@ -160,7 +165,7 @@ class Conversion:
         with contextlib.ExitStack() as stack:
             kept = stack.enter_context(tempfile.TemporaryFile(dir=_there(place.parent)))
             if song.audible.any():
-                heard = self._made(song, kept)
+                heard = self._made(song, kept, watch)
                 gain, more = self._gain(song, heard)
                 pieces = _blocks(kept, rate * BLOCK_S, gain)
             else:
@@ -187,23 +192,26 @@ class Conversion:
         return semitones, [f"key {semitones:+.3g} semitones (median {here:.0f} Hz here, {there:.0f} Hz for "
                            f"{self.target.name}); --key 0 keeps the song's."]
 
-    def _made(self, song: _Song, kept: BinaryIO) -> _Heard:
+    def _made(self, song: _Song, kept: BinaryIO, watch: Watch) -> _Heard:
         """Write the waveform, in float32 and at the level that the model gives it, into a file.
 
-        Where the device has too little memory for a window, all of it is made in smaller ones.
+        Where the device has too little memory for a window, all of it is made in smaller ones, as are songs after it.
         """
-        size = self.window
+        size, samples = self.window, song.frames * self.contract.hop_length
         while True:
-            heard = _Heard()
+            heard, done = _Heard(), 0
             kept.seek(0)
             kept.truncate()
             try:
-                for piece, gate, audible in song.gated(self._pieces(song, size), self.contract.hop_length):
+                for piece, gate, audible in song.gated(self._pieces(song, size, watch), self.contract.hop_length):
                     if not np.isfinite(piece).all():
                         raise CannotLoad(f"{self.run.path} gives samples that are NaN or infinite: its weights are "
                                          "damaged, or products in half precision are too rough (--precision 32)")
                     heard.add(piece, audible)
                     kept.write((piece * gate).astype(np.float32).tobytes())
+                    done += len(piece)
+                    watch("waveform", done / samples)
+                self.window = size
                 return heard
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
@@ -215,10 +223,11 @@ class Conversion:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _pieces(self, song: _Song, size: int) -> Iterator[Array]:
+    def _pieces(self, song: _Song, size: int, watch: Watch) -> Iterator[Array]:
         """The waveform (T * hop,) of a song in pieces."""
         with torch.inference_mode(), vocode.autocast(self.device, self.precision):
-            made = self.model.song(self.features(song), song.frames, torch.Generator().manual_seed(self.seed), size)
+            made = self.model.song(self.features(song), song.frames, torch.Generator().manual_seed(self.seed), size,
+                                   functools.partial(watch, "acoustic model"))
         if self.model.gives == "wave":
             yield from made
             return
@@ -401,6 +410,9 @@ def target(run: Run, to: str | Path, how: Sources | None = None) -> Target:
         return Target(name)
     if not Path(to).is_file():
         more = "" if speaker != "embedding" else "; or give a recording of whoever shall sing"
+        if not known:
+            raise CannotLoad(f"{run.path} names no singers: singers.json is missing or empty. Copy the whole folder of "
+                             f"the run again{more}")
         raise BadRequest(f"{run.path} has no singer {name!r} ({nearest(name, known)}){more}")
     if speaker != "embedding":
         raise BadRequest(f"{run.path} knows its singers by name and no others, so that --to {name} cannot be a "
@@ -409,7 +421,10 @@ def target(run: Run, to: str | Path, how: Sources | None = None) -> Target:
 
 
 def _known(run: Run, name: str, told: Singer) -> Target:
-    kind = run.settings.config.speaker
+    kind, count = run.settings.config.speaker, run.settings.config.singers
+    if kind == "one-hot" and not 0 <= told.row < count:
+        raise CannotLoad(f"{run.path}: singers.json gives {name} row {told.row}, and the model has {count}: the file "
+                         "is of another run. Copy the whole folder again")
     if kind == "embedding" and told.embedding is None:
         raise CannotLoad(f"{run.path}: singers.json has no embedding of {name}; give a recording instead, --to FILE")
     return Target(name, told.row if kind == "one-hot" else None, told.embedding if kind == "embedding" else None,
@@ -419,7 +434,10 @@ def _known(run: Run, name: str, told: Singer) -> Target:
 def _referred(run: Run, path: Path, how: Sources | None) -> Target:
     """Whoever is heard in a recording."""
     reads = {role: run.settings.reads[role][0] for role in ("speaker", "f0") if role in run.settings.reads}
-    (job,) = jobs([path], reads, str(run.path), how)
+    try:
+        (job,) = jobs([path], reads, str(run.path), how)
+    except BadAudio as error:
+        raise BadAudio(f"nobody to sing like is heard in --to {path}: {error} of one voice") from error
     embedding = tuple(map(float, job.store[job.key, job.names["speaker"]].read()))
     median = _median(job.store[job.key, job.names["f0"]].read()) if "f0" in job.names else None
     return Target(path.stem, embedding=embedding, median_hz=median)
@@ -432,7 +450,7 @@ def _heard(run: Run) -> tuple[str, ...]:
     missing = [key for key in (*wanted, "log-mel") if not reads.get(key)]
     if missing:
         raise MissingFeature(f"{run.path} hears {', '.join(missing)} and does not say what made it: its config.json "
-                             "must be of another version. Train it again, or import it again")
+                             "must be of another version. Use that version, train it again, or import it again")
     return wanted
 
 
@@ -452,8 +470,20 @@ def _vocoder(run: Run, path: str | Path | None) -> Run | None:
     return made
 
 
-def _set_sampling(model: Any, steps: int | None, sampler: str | None) -> None:
+def _check_names(run: Run, reads: Mapping[str, Read], how: Sources) -> None:
+    """BadRequest where something is said of a feature that nobody reads."""
+    known = {read.name for read in (*reads.values(), *run.settings.reads.get("speaker", ()))}
+    for option, given in (("--weights", how.weights), ("-f", how.requests)):
+        for name in given:
+            if name not in known:
+                raise BadRequest(f"{option} {name}=...: {run.path} reads no feature {name!r} ({nearest(name, known)})")
+
+
+def _set_sampling(model: Any, steps: int | None, sampler: str | None, path: str) -> None:
     """How a model samples, where that is asked for. BadRequest for what it does not have."""
+    asked = [option for option, value in (("--steps", steps), ("--sampler", sampler)) if value is not None]
+    if asked and "sampling_steps" not in model.SAMPLING:
+        raise BadRequest(f"{path} does not sample in steps: leave out {' and '.join(asked)}")
     changes: dict[str, Any] = {} if steps is None else {"sampling_steps": steps}
     if sampler is not None and "heun" in model.SAMPLING:
         if sampler not in ("euler", "heun"):

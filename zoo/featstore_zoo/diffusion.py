@@ -140,9 +140,10 @@ def draws(generator: torch.Generator, like: Tensor, start: int = 0) -> Draw:
 
 def check_sampling(sampler: str, count: int, steps: int) -> None:
     """Raises ValueError unless a Config names a sampler and steps that training has."""
-    if sampler not in get_args(Sampler) or not 1 <= count <= steps:
-        raise ValueError(f"sampler {sampler!r} must be one of {', '.join(get_args(Sampler))}, and sampling_steps "
-                         f"{count} from 1 to {steps}")
+    if sampler not in get_args(Sampler):
+        raise ValueError(f"sampler {sampler!r}: expected one of {', '.join(get_args(Sampler))}")
+    if not 1 <= count <= steps:
+        raise ValueError(f"sampling_steps {count}: expected 1 to {steps}, the steps of noise in training")
 
 
 # --- levels of noise (Karras et al., "EDM", arXiv 2206.00364)

@@ -120,7 +120,8 @@ class Run:
             raise NotARun(f"{error.filename} is missing: the run folder is not whole; copy all of it") from None
         except (KeyError, TypeError, ValueError) as error:  # ValueError: of a Config with other rules, or no TOML
             raise CannotLoad(f"{self.path} cannot be read as a run of {document.get('model')!r} ({error}): it may be "
-                             "of another version of featstore or of the model") from error
+                             "of another version of featstore or of the model. Use that one, or train it again"
+                             ) from error
         return Settings(document["model"], config, contract, reads, document["timing"], recipe.get("training", {}))
 
     @property

@@ -12,7 +12,7 @@ of which fades into the next (`faded`), and gives nearly what the whole does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .acoustic import Batch
 
-__all__ = ["CONTEXT", "FADE", "LEAST", "WINDOW", "Features", "attended", "conditioned", "faded", "in_windows", "joined",
-           "local"]
+__all__ = ["CONTEXT", "FADE", "LEAST", "WINDOW", "Features", "Told", "attended", "conditioned", "faded", "in_windows",
+           "joined", "local", "part", "untold"]
 
 WINDOW = 1024  # frames of a window, some 11 s: twice what models learn from at a time
 LEAST = 64     # frames of the smallest window that is tried where memory is short
@@ -30,6 +30,16 @@ FADE = 32      # frames over which one such window fades into the next
 
 Features = Callable[[int, int], Batch]      # frames [begin, end) of a song as a batch of one, on the model's device
 Windowed = Callable[[int, int], Tensor]     # what is made of frames [begin, end), (1, end - begin, D)
+Told = Callable[[float], None]              # is told the share of the work that is done, 0 to 1
+
+
+def untold(share: float) -> None:
+    """Where nobody asks how far a song is."""
+
+
+def part(told: Told, number: int, count: int) -> Told:
+    """Tells of all the work what is done of its part `number`, from 0, of `count`."""
+    return lambda share: told((number + share) / count)
 
 
 def local(made: Windowed, frames: int, size: int, reach: int) -> Iterator[Tensor]:
@@ -61,7 +71,7 @@ def faded(made: Windowed, frames: int, size: int, context: int = CONTEXT, fade: 
         yield piece
 
 
-def joined(pieces: Iterator[Tensor], frames: int) -> Tensor:
+def joined(pieces: Iterator[Tensor], frames: int, told: Told = untold) -> Tensor:
     """The pieces (1, t, D) as one (1, frames, D) on the CPU."""
     whole, done = torch.empty(0), 0
     for piece in pieces:
@@ -69,6 +79,7 @@ def joined(pieces: Iterator[Tensor], frames: int) -> Tensor:
             whole = torch.empty(1, frames, *piece.shape[2:])
         whole[:, done:done + piece.shape[1]] = piece
         done += piece.shape[1]
+        told(done / frames)
     return whole
 
 
@@ -81,37 +92,38 @@ def conditioned(encoder: Any, features: Features, frames: int, size: int) -> Ten
     return joined(faded(made, frames, size) if encoder.config.conformer else local(made, frames, size, 0), frames)
 
 
-def attended(transformer: Any, x: Tensor, size: int) -> Tensor:
+def attended(transformer: Any, x: Tensor, size: int, told: Told = untold) -> Tensor:
     """(1, T, C) of a `RelativeTransformer` for x (1, T, C), both on the CPU."""
-    device, frames = next(transformer.parameters()).device, x.shape[1]
-    for number in range(len(transformer.attn_layers)):
+    device, frames, layers = next(transformer.parameters()).device, x.shape[1], len(transformer.attn_layers)
+    for number in range(layers):
         before = x
 
         def made(begin: int, end: int, before: Tensor = before, number: int = number) -> Tensor:
-            part: Tensor = transformer.layer(number, before[:, begin:end].to(device).transpose(1, 2))
-            return part.transpose(1, 2)
+            heard: Tensor = transformer.layer(number, before[:, begin:end].to(device).transpose(1, 2))
+            return heard.transpose(1, 2)
 
-        x = joined(local(made, frames, size, transformer.reach), frames)
+        x = joined(local(made, frames, size, transformer.reach), frames, part(told, number, layers))
     return x
 
 
-def in_windows(network: Any, condition: Tensor, size: int) -> Callable[[Tensor, Tensor | float], Tensor]:
+def in_windows(network: Any, condition: Tensor, size: int, calls: int = 1, told: Told = untold
+               ) -> Callable[[Tensor, Tensor | float], Tensor]:
     """(x, step) -> what a `Denoiser` gives for x (1, T, D) and a condition (1, T, K), both on the CPU as is the result.
 
     What the network makes of the condition is made anew for each window and step: for a song it would be gigabytes.
+
+    calls: how often it will be asked, of which `told` hears.
     """
-    device, frames = next(network.parameters()).device, condition.shape[1]
-    if frames <= size:
-        hear = network.hearing(condition.to(device))
-        return lambda x, step: hear(x.to(device), _moved(step, device)).float().cpu()
+    device, frames, numbers = next(network.parameters()).device, condition.shape[1], count()
+    once = network.hearing(condition.to(device)) if frames <= size else None
 
     def noise_of(x: Tensor, step: Tensor | float) -> Tensor:
         def made(begin: int, end: int) -> Tensor:
-            hear = network.hearing(condition[:, begin:end].to(device))
+            hear = once or network.hearing(condition[:, begin:end].to(device))
             found: Tensor = hear(x[:, begin:end].to(device), _moved(step, device))
             return found
 
-        return joined(local(made, frames, size, network.reach), frames)
+        return joined(local(made, frames, size, network.reach), frames, part(told, next(numbers), calls))
 
     return noise_of
 

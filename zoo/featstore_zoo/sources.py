@@ -25,10 +25,11 @@ from featstore_extractors import RequestError, parse
 
 from .run import Read, check_read, differing, request_of
 
-__all__ = ["FORMATS", "Job", "Made", "Sources", "jobs", "places", "refuse", "sources",
-           "write_audio"]
+__all__ = ["FORMATS", "Job", "Made", "Sources", "Stage", "Watch", "check_out", "jobs", "places", "refuse", "sources",
+           "staged", "write_audio"]
 
 FORMATS = ("wav", "flac")
+SHOWN = 5  # recordings that cannot be used, told one by one
 NO_FORMATS = ("mp3", "ogg", "opus", "m4a", "aac", "aif", "aiff", "wma")  # names of files, and hardly of folders
 
 
@@ -45,6 +46,30 @@ class Made:
     took_s: float
     semitones: float = 0.0
     remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far a song is: `done`, 0 to 1, of `what`, "acoustic model" or "waveform"; begun anew where memory was short.
+
+    title: of the song, which is the `number`-th, from 1, of `count`.
+    """
+
+    title: str
+    number: int
+    count: int
+    what: str
+    done: float
+
+
+Watch = Callable[[str, float], None]  # hears `what` and `done` of a stage
+
+
+def staged(watch: Callable[[Stage], None] | None, job: Job, number: int, count: int) -> Watch:
+    """What tells `watch` of a song."""
+    if watch is None:
+        return lambda what, done: None
+    return lambda what, done: watch(Stage(job.title, number, count, what, done))
 
 
 @dataclass(frozen=True)
@@ -102,9 +127,13 @@ def jobs(inputs: Sequence[str | storage.Place], reads: Mapping[str, Read], what:
 def refuse(found: Sequence[Job], more: str = "") -> None:
     """Raises BadAudio if there are recordings that cannot be used."""
     failed = [job for job in found if job.reason]
-    if failed:
-        raise BadAudio(f"{len(failed)} of {len(found)} recordings cannot be used, such as {failed[0].title}: "
-                       f"{failed[0].reason}{more}")
+    if not failed:
+        return
+    if len(found) == 1:
+        raise BadAudio(f"{failed[0].title} cannot be used: {failed[0].reason}. Give a recording that has sound")
+    told = "; ".join(f"{job.title}: {job.reason}" for job in failed[:SHOWN])
+    left = f"; and {len(failed) - SHOWN:,} more" if len(failed) > SHOWN else ""
+    raise BadAudio(f"{len(failed):,} of {len(found):,} recordings cannot be used: {told}{left}{more}")
 
 
 def _jobs(where: storage.Place, reads: Mapping[str, Read], what: str, how: Sources) -> list[Job]:
@@ -180,14 +209,19 @@ def _corpus(where: Path) -> fs.Corpus:
     return fs.corpus(where, key=mark + "/{key}")
 
 
-def places(found: Sequence[Job], out: Path, form: str | None) -> list[Path]:
-    """The file of each job: `out` itself for one, or a file below it."""
+def check_out(out: Path, form: str | None) -> None:
+    """BadRequest for a file or a form that is not written: to be told before an hour of encoding."""
     if form is not None and form not in FORMATS:
         raise BadRequest(f"format {form!r}: expected one of {', '.join(FORMATS)}")
-    if not found:
-        raise BadRequest("nothing to do: no utterance was found")
     if out.suffix.lower().lstrip(".") in NO_FORMATS and not out.is_dir():
         raise BadRequest(f"{out}: expected a file of {' or '.join(FORMATS)}, or a folder")
+
+
+def places(found: Sequence[Job], out: Path, form: str | None) -> list[Path]:
+    """The file of each job: `out` itself for one, or a file below it."""
+    check_out(out, form)
+    if not found:
+        raise BadRequest("nothing to do: no utterance was found")
     if out.suffix.lower().lstrip(".") in FORMATS and not out.is_dir():
         if len(found) > 1:
             raise BadRequest(f"{out} is one file and {len(found)} utterances were found: name a folder")

@@ -7,6 +7,7 @@ does not depend on the others. Names of weights in `RelativeTransformer` are tho
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -130,11 +131,11 @@ class RelativeMapper(nn.Module):
         made: Tensor = self.projection(self.conformer_encoder(x.transpose(1, 2), mask)).transpose(1, 2)
         return made
 
-    def song(self, x: Tensor, size: int) -> Tensor:
+    def song(self, x: Tensor, size: int, told: Callable[[float], None]) -> Tensor:
         """As `forward` for a song (1, T, C), on the CPU as is (1, T, bands), in windows."""
         from .song import attended, joined, local
 
-        made, device = attended(self.conformer_encoder, x, size), self.projection.weight.device
+        made, device = attended(self.conformer_encoder, x, size, told), self.projection.weight.device
 
         def bands(begin: int, end: int) -> Tensor:
             part: Tensor = self.projection(made[:, begin:end].to(device).transpose(1, 2)).transpose(1, 2)

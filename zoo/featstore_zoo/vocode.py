@@ -19,12 +19,13 @@ from torch import nn
 import featstore as fs
 from featstore import storage
 from featstore.errors import BadRequest, CannotLoad
+from featstore.work import out_of_memory
 from featstore_extractors import parse
 from featstore_extractors.imports import required
 from featstore_extractors.signal import LogMel, MelContract, mel_filters
 
 from .run import Read, Run, check_contract, load
-from .sources import FORMATS, Job, Made, jobs, places, refuse, sources, write_audio
+from .sources import FORMATS, Job, Made, Stage, Watch, check_out, jobs, places, refuse, sources, staged, write_audio
 
 Array = np.ndarray
 Precision = Literal["32", "bf16", "16"]
@@ -126,7 +127,14 @@ def on(model: nn.Module, device: str, *, fold: bool = True, compiled: bool = Fal
     ready: Any = model.eval()
     if fold:
         ready.fold()
-    ready = ready.to(device)
+    try:
+        ready = ready.to(device)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise CannotLoad(f"{device} has too little memory for the weights of the model: free some, or use "
+                             "--device cpu") from error
+        raise CannotLoad(f"device {device!r} cannot be used ({str(error).splitlines()[0]}): expected one that there "
+                         "is, such as cpu or cuda:0; one model runs on one device") from error
     if compiled:
         ready.render = torch.compile(ready.render, dynamic=True)
     return ready
@@ -134,12 +142,14 @@ def on(model: nn.Module, device: str, *, fold: bool = True, compiled: bool = Fal
 
 def files(inputs: Sequence[str | storage.Place], vocoder: str | Path, out: Path, *, device: str = "cpu", seed: int = 0,
           precision: Precision = "32", compiled: bool = False, chunk: int = CHUNK, form: str | None = None,
-          progress: Callable[[Made, int, int], None] | None = None) -> list[Made]:
+          progress: Callable[[Made, int, int], None] | None = None, watch: Callable[[Stage], None] | None = None
+          ) -> list[Made]:
     """Resynthesise recordings, folders of them, or what stores have, through a vocoder; a file for each utterance.
 
     vocoder: a run folder, or "griffin-lim".
     out: a .wav or .flac file for one recording, else a folder, in which files are called after their utterances.
     form: wav or flac, in a folder; wav where it is not said.
+    progress: hears of each file that is written, its number and how many there are. watch: how far a recording is.
 
     Features of recordings are kept in a store of their own (`sources`), so that the second time nothing is extracted.
 
@@ -149,15 +159,16 @@ def files(inputs: Sequence[str | storage.Place], vocoder: str | Path, out: Path,
     """
     run = None if str(vocoder) == GRIFFIN_LIM else load(vocoder)
     reads = _reads(run)
+    check_out(out, form)
     found = jobs(inputs, reads, "the vocoder")
     refuse(found)
     files_of = places(found, out, form)
     model = None if run is None else on(run.model, device, compiled=compiled)
     made = []
-    for number, (job, place) in enumerate(zip(found, files_of, strict=True)):
-        made.append(_one(job, run, model, place, seed, chunk, precision))
+    for number, (job, place) in enumerate(zip(found, files_of, strict=True), 1):
+        made.append(_one(job, run, model, place, seed, chunk, precision, staged(watch, job, number, len(found))))
         if progress is not None:
-            progress(made[-1], number + 1, len(found))
+            progress(made[-1], number, len(found))
     return made
 
 
@@ -171,7 +182,7 @@ def _reads(run: Run | None) -> dict[str, Read]:
 
 
 def _one(job: Job, run: Run | None, model: nn.Module | None, place: Path, seed: int, chunk: int,
-         precision: Precision) -> Made:
+         precision: Precision, watch: Watch) -> Made:
     begin = time.monotonic()
     contract = MelContract.from_settings(job.store.feature(job.names["log-mel"]).spec.settings)
     if run is not None:
@@ -181,8 +192,18 @@ def _one(job: Job, run: Run | None, model: nn.Module | None, place: Path, seed: 
         pieces = griffin_lim_pieces(parts["log-mel"], contract, seed=seed)
     else:
         pieces = stream(model, parts["log-mel"], parts.get("f0"), seed=seed, chunk=chunk, precision=precision)
-    samples = write_audio(place, pieces, contract.sample_rate)
+    whole = len(parts["log-mel"]) * contract.hop_length
+    samples = write_audio(place, _watched(pieces, whole, watch), contract.sample_rate)
     return Made(job.title, place, samples / contract.sample_rate, time.monotonic() - begin)
+
+
+def _watched(pieces: Iterator[Array], samples: int, watch: Watch) -> Iterator[Array]:
+    """The same pieces; `watch` is told of each that has been taken."""
+    done = 0
+    for piece in pieces:
+        yield piece
+        done += len(piece)
+        watch("waveform", done / samples)
 
 
 def _parts(job: Job) -> dict[str, Array]:

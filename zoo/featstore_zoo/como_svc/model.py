@@ -27,7 +27,7 @@ from featstore_zoo.acoustic import (
 )
 from featstore_zoo.conditioner import Conditioner
 from featstore_zoo.diffusion import Denoiser, Hears, consistency, draws, edm_scales, edm_solve, karras_sigmas
-from featstore_zoo.song import WINDOW, Features, conditioned, in_windows
+from featstore_zoo.song import WINDOW, Features, Told, conditioned, in_windows, part, untold
 from featstore_zoo.transformer import RelativeMapper
 
 TRAINING = {"frames": 512, "batch": 64, "learning_rate": 4e-4, "beta1": 0.9, "beta2": 0.999, "clip": 1.0}
@@ -133,6 +133,12 @@ class Decoder(nn.Module):
     def used(self) -> Denoiser:
         """The network that samples."""
         return self.denoise_fn_ema if self.config.stage == "student" else self.denoise_fn
+
+    @property
+    def calls(self) -> int:
+        """How often sampling asks the network."""
+        steps = self.config.sampling_steps
+        return 2 * steps - 1 if self.config.heun and self.config.stage == "teacher" else steps
 
     def solve(self, mean: Tensor, hears: Hears, noise: Tensor, draw: Any = None) -> Tensor:
         """As `sample`, from given noise: it begins around the mean, as the levels of training lie."""
@@ -243,12 +249,17 @@ class Model(Acoustic):
         mean = self.acoustic_mapper.encoder(condition, mask)
         return self.unscaled(self.acoustic_mapper.decoder.sample(mean, mask, generator, start))
 
-    def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW) -> Tensor:
+    def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW,
+             told: Told = untold) -> Tensor:
         """Log-mel (1, frames, n_mels) of a song; what `forward` gives at once (see `Acoustic.song`)."""
-        mean = self.acoustic_mapper.encoder.song(conditioned(self.condition_encoder, features, frames, size), size)
         decoder = self.acoustic_mapper.decoder
+        parts = 1 + decoder.calls  # the encoder takes about as long as one call
+        mean = self.acoustic_mapper.encoder.song(conditioned(self.condition_encoder, features, frames, size), size,
+                                                 part(told, 0, parts))
         draw = draws(generator, mean)
-        made = decoder.solve(mean, in_windows(decoder.used, mean, size), draw(0), draw)
+        hears = in_windows(decoder.used, mean, size, decoder.calls,
+                           lambda share: told((1 + share * decoder.calls) / parts))
+        made = decoder.solve(mean, hears, draw(0), draw)
         return self.unscaled(made.to(self.mel_low.device)).cpu()
 
 

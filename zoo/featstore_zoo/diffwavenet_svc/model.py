@@ -16,7 +16,7 @@ from torch import Tensor
 from featstore_zoo.acoustic import AMPHION, SMOKE, Acoustic, AcousticConfig, Batch, frame_mask, masked_mean
 from featstore_zoo.conditioner import Conditioner
 from featstore_zoo.diffusion import Denoiser, Hears, Sampler, Schedule, check_sampling, draws, sample
-from featstore_zoo.song import WINDOW, Features, conditioned, in_windows
+from featstore_zoo.song import WINDOW, Features, Told, conditioned, in_windows, untold
 
 TRAINING = {"frames": 512, "batch": 32, "learning_rate": 2e-4, "beta1": 0.9, "beta2": 0.999, "clip": 1.0}
 
@@ -88,10 +88,12 @@ class Model(Acoustic):
         mask = frame_mask(batch, condition.shape[1])
         return self.unscaled(self.sampled(self.acoustic_mapper.hearing(condition, mask), condition, generator, start))
 
-    def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW) -> Tensor:
+    def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW,
+             told: Told = untold) -> Tensor:
         """Log-mel (1, frames, n_mels) of a song; what `forward` gives at once (see `Acoustic.song`)."""
-        told = conditioned(self.condition_encoder, features, frames, size)
-        made = self.sampled(in_windows(self.acoustic_mapper, told, size), told, generator)
+        condition = conditioned(self.condition_encoder, features, frames, size)
+        calls = len(self.schedule.path(self.config.sampling_steps, self.config.sampler))
+        made = self.sampled(in_windows(self.acoustic_mapper, condition, size, calls, told), condition, generator)
         return self.unscaled(made.to(self.mel_low.device)).cpu()
 
     def sampled(self, noise_of: Hears, like: Tensor, generator: torch.Generator, start: int = 0) -> Tensor:

@@ -25,7 +25,7 @@ from featstore_zoo.acoustic import (
     ssim_distance,
 )
 from featstore_zoo.conditioner import Conditioner
-from featstore_zoo.song import CONTEXT, WINDOW, Features, conditioned
+from featstore_zoo.song import CONTEXT, WINDOW, Features, Told, conditioned, untold
 from featstore_zoo.transformer import PlainTransformer, RelativeMapper
 
 Variant = Literal["relative", "plain", "plain-unmasked"]
@@ -101,14 +101,16 @@ class Model(Acoustic):
         condition = self.condition_encoder(batch)
         return self.unscaled(self.acoustic_mapper(condition, frame_mask(batch, condition.shape[1])))
 
-    def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW) -> Tensor:
+    def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW,
+             told: Told = untold) -> Tensor:
         """Log-mel (1, frames, n_mels) of a song, with relative positions what `forward` gives at once (see
         `Acoustic.song`). torch's encoder counts frames from where a window begins: it is given no more than it has
         learnt from, whatever `size`."""
         if self.config.variant != "relative":
-            return super().song(features, frames, generator, LEARNT if frames <= LEARNT else LEARNT - 2 * CONTEXT)
+            size = LEARNT if frames <= LEARNT else LEARNT - 2 * CONTEXT
+            return super().song(features, frames, generator, size, told)
         mapper: Any = self.acoustic_mapper
-        made = mapper.song(conditioned(self.condition_encoder, features, frames, size), size)
+        made = mapper.song(conditioned(self.condition_encoder, features, frames, size), size, told)
         return self.unscaled(made.to(self.mel_low.device)).cpu()
 
 

@@ -22,7 +22,7 @@ from featstore_zoo.acoustic import AMPHION, SMOKE, Acoustic, AcousticConfig, Bat
 from featstore_zoo.conditioner import Conditioner, Singer, needed
 from featstore_zoo.diffusion import draws
 from featstore_zoo.gan import Adversary, GanConfig, magnitudes, spectral_losses
-from featstore_zoo.song import WINDOW, Features, attended, conditioned, joined, local
+from featstore_zoo.song import WINDOW, Features, Told, attended, conditioned, joined, local, untold
 from featstore_zoo.transformer import RelativeTransformer
 from featstore_zoo.vocode import stream
 from featstore_zoo.vocoder import Vocoder, VocoderConfig, fold, seed_of
@@ -239,16 +239,16 @@ class Model(Acoustic):
         noise = draws(generator, mean.transpose(1, 2), start)(0).transpose(1, 2)
         return self.flow((mean + noise * spread.exp() * self.config.noise_scale) * keep, keep, voice, back=True)
 
-    def song(self, features: Features, frames: int, generator: torch.Generator, size: int = WINDOW  # type: ignore[override]
-             ) -> Iterator[np.ndarray]:
+    def song(self, features: Features, frames: int, generator: torch.Generator,  # type: ignore[override]
+             size: int = WINDOW, told: Told = untold) -> Iterator[np.ndarray]:
         """Waveform (frames * hop_length,) of a song, in pieces; what `forward` gives at once (see `Acoustic.song`)."""
         voice = self.voice(features(0, 1))
-        told = attended(self.enc_p.enc_, conditioned(self.condition_encoder, features, frames, size), size)
+        heard = attended(self.enc_p.enc_, conditioned(self.condition_encoder, features, frames, size), size, told)
         state = generator.get_state()
 
         def made(begin: int, end: int) -> Tensor:
             generator.set_state(state)  # every window has its stretch of the same noise
-            prior = self.enc_p.parted(told[:, begin:end].to(self.mel_low.device).transpose(1, 2))
+            prior = self.enc_p.parted(heard[:, begin:end].to(self.mel_low.device).transpose(1, 2))
             return self.drawn(*prior, 1.0, voice, generator, begin).transpose(1, 2)
 
         def f0_of(begin: int, end: int) -> Tensor:
