@@ -100,10 +100,10 @@ class Bar:
         self.stop()
 
     def show(self, done: float, total: float | None, text: str, *, say: bool = False) -> None:
-        """total: None where nobody knows: the bar swings. say: a line that is not waited with."""
+        """total: None where nobody knows: a bar swings, and there is no line. say: a line that is not waited with."""
         if sys.stderr.isatty():
             self._draw(done, total, text)
-        elif say or time.monotonic() - self._last >= LINE_S:
+        elif total is not None and (say or time.monotonic() - self._last >= LINE_S):
             self._last = time.monotonic()
             click.echo(text, err=True)
 

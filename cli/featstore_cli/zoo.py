@@ -123,10 +123,9 @@ def vocode(inputs: tuple[Place, ...], vocoder: str, out: Path, form: str | None,
     """
     from featstore_zoo import vocode as v
 
-    with display.Bar() as begun, SongProgress(begun) as watch:
-        begun.show(0, None, "models, features")
+    with SongProgress() as song:
         made = v.files(inputs, vocoder, out, device=device, seed=seed, precision=precision, compiled=compiled,
-                       form=form, progress=None if as_json else _say_made(), watch=watch)
+                       form=form, progress=None if as_json else _say_made(), watch=None if as_json else song)
     if as_json:
         display.say_json([{"key": one.key, "path": str(one.path), "seconds": one.seconds, "took_s": one.took_s}
                           for one in made])
@@ -165,21 +164,19 @@ def convert(inputs: tuple[Place, ...], to: str, run: Path, vocoder: str | None, 
     from featstore_zoo import convert as c
 
     semitones: c.Key = "auto" if key == "auto" else _semitones(key)
-    with display.Bar() as begun, display.ExtractProgress() as shown, SongProgress(begun) as watch:
-        begun.show(0, None, "models, features")
-
+    with display.ExtractProgress() as shown, SongProgress() as song:
         def extracting(told: Progress) -> None:
-            begun.stop()
+            song.stop()
             shown(told)
             if told.done >= told.total:
                 shown.stop()
-                begun.show(0, None, "models, features")
+                song.prepare()
 
         how = c.Sources(sources, dict(_pair(text, "--weights", "NAME=FILE") for text in weights),
                         dict(_pair(text, "-f", "NAME=REQUEST") for text in requests), device, extracting)
         made = c.files(inputs, to=to, run=run, out=out, vocoder=vocoder, key=semitones, rounding=rounding, steps=steps,
                        sampler=sampler, seed=seed, device=device, precision=precision, window=window, form=form,
-                       how=how, progress=None if as_json else _say_made(), watch=watch)
+                       how=how, progress=None if as_json else _say_made(), watch=None if as_json else song)
     if as_json:
         display.say_json([{"key": one.key, "path": str(one.path), "seconds": one.seconds, "took_s": one.took_s,
                            "semitones": one.semitones, "remarks": list(one.remarks)} for one in made])
@@ -285,14 +282,25 @@ def _told(told: Told) -> str:
 
 
 class SongProgress(display.Bar):
-    """Shows how far a song is; `before` is the bar that was there until then."""
+    """Shows how far a song is, and before the first that there is something to wait for."""
 
-    def __init__(self, before: display.Bar) -> None:
+    def __init__(self) -> None:
         super().__init__(left=True)
-        self._before = before
+        self._preparing = False
+
+    def __enter__(self) -> SongProgress:
+        self.prepare()
+        return self
+
+    def prepare(self) -> None:
+        """Nobody knows how long what is loaded or extracted takes."""
+        self._preparing = True
+        self.show(0, None, "models, features")
 
     def __call__(self, told: Stage) -> None:
-        self._before.stop()
+        if self._preparing:
+            self._preparing = False
+            self.stop()
         self.show(told.done, 1, f"{told.number:,} of {told.count:,}  {told.what} {100 * told.done:.0f} %  {told.title}")
         if told.done >= 1:  # what comes next has its own time left
             self.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -326,6 +327,30 @@ def test_progress_says_what_is_done_left_and_failed_within_80_columns() -> None:
     said = line(fs.Progress(done=9112, total=21408, audio_s=44280, audio_total_s=108000, failures=12, elapsed_s=1800))
     assert said[:80].startswith("9,112 of 21,408 utterances, 43.2 min left, 12 failed, 12.3 h of 30.0 h")
     assert "0.041 x real time" in said
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_how_far_a_song_is_shows_on_a_terminal_and_is_taken_away(monkeypatch, terminal) -> None:
+    from featstore_cli.zoo import SongProgress
+    from featstore_zoo.sources import Stage
+
+    screen = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with SongProgress() as shown:
+        for what in ("acoustic model", "waveform"):
+            for done in (0.5, 1.0):
+                shown(Stage("aria", 2, 3, what, done))
+    seen = screen.getvalue()
+    if not terminal:  # where lines are kept, one of four that came in a moment says nothing
+        assert seen == ""
+        return
+    parts = ["models, features", "2 of 3  acoustic model 100 %  aria", "2 of 3  waveform 100 %  aria"]
+    assert [part for part in parts if part not in seen] == [] and seen.endswith("\x1b[1A\x1b[2K")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(store: Path) -> None:

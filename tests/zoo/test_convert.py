@@ -253,6 +253,11 @@ def test_a_store_is_converted_and_what_it_lacks_is_told(voices, runs, tmp_path):
     fs.extract(fs.corpus(voices.parent / "corpus"), fs.open(here), conversions.parse("loudness"), workers=0)
     made = convert_store("deaf")
     assert {one.key for one in made} == set(fs.open(voices).utterances) and all(one.path.exists() for one in made)
+    fs.extract(fs.corpus(voices.parent / "corpus"), fs.open(here), conversions.parse("mel22=log-mel"), workers=0)
+    with pytest.raises(IdentityMismatch, match=r"reads mel22@.* with .*n_mels=100 \(the run: 80\).*-f other=log-mel,"):
+        convert_store("transformer_svc")
+    fs.extract(fs.corpus(voices.parent / "corpus"), fs.open(here), conversions.parse("other=log-mel:22k-80"), workers=0)
+    assert len(convert_store("transformer_svc")) == len(made)
 
 
 @pytest.mark.slow

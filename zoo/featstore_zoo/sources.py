@@ -139,15 +139,22 @@ def refuse(found: Sequence[Job], more: str = "") -> None:
 def _jobs(where: storage.Place, reads: Mapping[str, Read], what: str, how: Sources) -> list[Job]:
     if (where / "zarr.json").exists():
         store = fs.open(where)
-        for read in reads.values():
-            check_read(read, store, what)
-        names = {role: read.name for role, read in reads.items()}
+        names = {role: _named(read, store, what) for role, read in reads.items()}
         return [Job(store, key, names, key) for key in store.utterances]
     if not where.exists():
         raise BadRequest(f"{where} does not exist: give recordings, folders of them, or stores")
     if not isinstance(where, Path):
         raise BadRequest(f"{where} is no store: of URLs only stores are taken, recordings must be on this machine")
     return _extracted(where, reads, what, how)
+
+
+def _named(read: Read, store: fs.Store, what: str) -> str:
+    """The name under which a store has just the feature that `what` reads: another one will do, too."""
+    for name in (read.name, *store.features):
+        if name in store.features and store.features[name].spec.identity == read.spec.identity:
+            return name
+    check_read(read, store, what)  # which names what differs, and forgives what nobody knows of imported weights
+    return read.name
 
 
 def _extracted(where: Path, reads: Mapping[str, Read], what: str, how: Sources) -> list[Job]:
