@@ -297,6 +297,9 @@ def test_runs_that_do_not_fit_are_refused(runs, short, tmp_path):
             conversion_of(runs, **options)
     with pytest.raises(BadRequest, match="has euler and heun"):
         conversion_of(runs, "como_svc", sampler="ddim")
+    conversions.acoustic(tmp_path / "student", "como_svc", stage="student")
+    with pytest.raises(BadRequest, match="a student, which has one way of sampling"):
+        conversion_of(tmp_path, "student", sampler="heun")
     with pytest.raises(BadRequest, match="sampling_steps 2000: expected 1 to 1000"):
         conversion_of(runs, "diffwavenet_svc", steps=2000)
 

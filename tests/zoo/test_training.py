@@ -14,6 +14,7 @@ from featstore_extractors import checkpoint
 torch = pytest.importorskip("torch")
 pytest.importorskip("lightning_fabric")
 
+from torch.multiprocessing import ProcessRaisedException  # noqa: E402
 from zoo.conftest import SMALL  # noqa: E402
 
 from featstore_zoo import card, recipe, run, training  # noqa: E402
@@ -105,6 +106,25 @@ def test_gradients_that_are_not_finite_change_nothing_and_end_the_run_after_a_wh
     with pytest.raises(training.Diverged, match="3 steps in a row"):
         trainer.go(None)
     assert same(before, dict(trainer.model.state_dict()))
+
+
+def test_batches_that_do_not_fit_into_memory_are_told(voices, tmp_path):
+    prepared(tmp_path / "run", voices, steps=2, batch=4096, frames=2**20, valid_utterances=0)  # a petabyte
+    with pytest.raises(CannotLoad, match=r"for batches of 4096 crops of 1048576 frames\. .*--set batch=2048 --set acc"):
+        training.train(tmp_path / "run", voices, workers=0)
+
+
+@pytest.mark.parametrize(("said", "error", "told"), [
+    ("featstore.errors.CannotLoad: cuda: too small", CannotLoad, "^cuda: too small$"),
+    ("KeyError: 3", ProcessRaisedException, "KeyError: 3")])
+def test_what_one_of_several_processes_refuses_is_told_alone(voices, tmp_path, monkeypatch, said, error, told):
+    def launch(self, work):
+        raise ProcessRaisedException(f"\n-- Process 1 ended:\nTraceback (most recent call last):\n{said}\n", 1, 9)
+
+    prepared(tmp_path / "run", voices, steps=2)
+    monkeypatch.setattr(training.Fabric, "launch", launch)
+    with pytest.raises(error, match=told):
+        training.train(tmp_path / "run", voices, workers=0, device="cpu:0,1")
 
 
 def test_training_ends_when_validation_no_longer_gets_better(voices, tmp_path):

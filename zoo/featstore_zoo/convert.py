@@ -486,6 +486,8 @@ def _set_sampling(model: Any, steps: int | None, sampler: str | None, path: str)
         raise BadRequest(f"{path} does not sample in steps: leave out {' and '.join(asked)}")
     changes: dict[str, Any] = {} if steps is None else {"sampling_steps": steps}
     if sampler is not None and "heun" in model.SAMPLING:
+        if model.config.stage == "student":
+            raise BadRequest(f"{path} is a student, which has one way of sampling: leave out --sampler")
         if sampler not in ("euler", "heun"):
             raise BadRequest(f"sampler {sampler!r}: this model has euler and heun")
         changes["heun"] = sampler == "heun"

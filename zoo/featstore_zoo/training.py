@@ -26,12 +26,14 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessRaisedException
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import featstore as fs
 from featstore import storage
 from featstore.errors import BadRequest, CannotLoad, FeatstoreError
 from featstore.torch import loader
+from featstore.work import out_of_memory
 
 from . import run as runs
 from .examples import Examples
@@ -102,7 +104,13 @@ def train(path: str | Path, store: str | storage.Place, *, device: str = "cpu", 
     with _left_to_children() if fabric.world_size > 1 else contextlib.nullcontext():
         work = partial(_work, path=str(path), store=str(store), workers=workers, resume=resume, steps=steps,
                        progress=progress)
-        return Outcome(**fabric.launch(work))
+        try:
+            return Outcome(**fabric.launch(work))
+        except ProcessRaisedException as error:  # all that is left of an exception in a child is its traceback
+            kind, _, said = str(error).strip().splitlines()[-1].partition(": ")
+            if not kind.startswith("featstore"):
+                raise
+            raise CannotLoad(said) from error
 
 
 @contextlib.contextmanager
@@ -138,15 +146,28 @@ def _work(fabric: Fabric, path: str, store: str, workers: int, resume: bool, ste
           progress: Callable[[Told], None] | None) -> dict[str, Any]:
     """One process of a training. The fields of its Outcome: Fabric takes nothing frozen from another process."""
     run = runs.load(path)
-    trainer = Trainer(fabric, run, fs.open(store), workers, steps)
-    if resume and (run.path / LAST).exists():
-        trainer.restore()
-    elif (run.path / WEIGHTS).exists():
-        raise CannotLoad(f"{path} has weights and no checkpoint to go on from ({LAST}): begin another run with them, "
-                         f"featstore train ... --init {path} -o OTHER")
-    else:
-        trainer.begin()
-    return vars(trainer.go(progress if fabric.global_rank == 0 else None))
+    try:
+        trainer = Trainer(fabric, run, fs.open(store), workers, steps)
+        if resume and (run.path / LAST).exists():
+            trainer.restore()
+        elif (run.path / WEIGHTS).exists():
+            raise CannotLoad(f"{path} has weights and no checkpoint to go on from ({LAST}): begin another run with "
+                             f"them, featstore train ... --init {path} -o OTHER")
+        else:
+            trainer.begin()
+        return vars(trainer.go(progress if fabric.global_rank == 0 else None))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise CannotLoad(_too_large(training_of(run), fabric.device)) from error
+
+
+def _too_large(training: Training, device: torch.device) -> str:
+    """What is said where a step does not fit into memory. Steps of the same crops, in parts, learn the same."""
+    part, parts = max(1, training.batch // 2), training.accumulate * min(2, training.batch)
+    smaller = f"--set batch={part} --set accumulate={parts}" if training.batch > 1 else "--set frames=N, fewer"
+    return (f"{device} has too little memory for batches of {training.batch} crops of {training.frames} frames. Begin "
+            f"again in another folder with {smaller}, or --precision bf16; or free what else is in its memory")
 
 
 class Trainee(nn.Module):
