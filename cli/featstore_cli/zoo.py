@@ -163,6 +163,7 @@ def convert(inputs: tuple[Place, ...], to: str, run: Path, vocoder: str | None, 
     """
     from featstore_zoo import convert as c
 
+    made: list[Made] = []
     semitones: c.Key = "auto" if key == "auto" else _semitones(key)
     with display.ExtractProgress() as shown, SongProgress() as song:
         def extracting(told: Progress) -> None:
@@ -174,9 +175,17 @@ def convert(inputs: tuple[Place, ...], to: str, run: Path, vocoder: str | None, 
 
         how = c.Sources(sources, dict(_pair(text, "--weights", "NAME=FILE") for text in weights),
                         dict(_pair(text, "-f", "NAME=REQUEST") for text in requests), device, extracting)
-        made = c.files(inputs, to=to, run=run, out=out, vocoder=vocoder, key=semitones, rounding=rounding, steps=steps,
-                       sampler=sampler, seed=seed, device=device, precision=precision, window=window, form=form,
-                       how=how, progress=None if as_json else _say_made(), watch=None if as_json else song)
+        try:
+            c.files(inputs, to=to, run=run, out=out, vocoder=vocoder, key=semitones, rounding=rounding, steps=steps,
+                    sampler=sampler, seed=seed, device=device, precision=precision, window=window, form=form, how=how,
+                    progress=_kept(made, not as_json), watch=None if as_json else song)
+        finally:  # a recording that cannot be used, or Ctrl-C: what was made before is told
+            song.stop()
+            if made:
+                _say_converted(made, out, as_json)
+
+
+def _say_converted(made: Sequence[Made], out: Path, as_json: bool) -> None:
     if as_json:
         display.say_json([{"key": one.key, "path": str(one.path), "seconds": one.seconds, "took_s": one.took_s,
                            "semitones": one.semitones, "remarks": list(one.remarks)} for one in made])
@@ -304,6 +313,18 @@ class SongProgress(display.Bar):
         self.show(told.done, 1, f"{told.number:,} of {told.count:,}  {told.what} {100 * told.done:.0f} %  {told.title}")
         if told.done >= 1:  # what comes next has its own time left
             self.stop()
+
+
+def _kept(made: list[Made], say: bool) -> Callable[[Made, int, int], None]:
+    """Adds to a list what is made, and says it."""
+    told = _say_made()
+
+    def show(one: Made, number: int, count: int) -> None:
+        made.append(one)
+        if say:
+            told(one, number, count)
+
+    return show
 
 
 def _say_made() -> Callable[[Made, int, int], None]:

@@ -357,6 +357,30 @@ def test_recordings_that_cannot_be_used_are_told(runs, tmp_path):
     assert not (tmp_path / "out.wav").exists()
 
 
+def test_a_recording_is_not_written_over(runs, short, tmp_path):
+    place = tmp_path / "songs" / "song.flac"
+    place.parent.mkdir()
+    before = written(place, sf.read(short, dtype="float32")[0]).read_bytes()
+    (tmp_path / "link.flac").symlink_to(place)
+    for source, out in ((place, place), (place.parent, place.parent), (tmp_path / "link.flac", place)):
+        with pytest.raises(BadRequest, match=r"is a recording that is read, and would be written over"):
+            convert.files([source], to="alice", run=runs / "deaf", out=out, form="flac")
+    assert place.read_bytes() == before
+    with pytest.raises(BadRequest, match=r"no recordings are in .*empty: give files of sound, folders"):
+        (tmp_path / "empty").mkdir()
+        convert.files([tmp_path / "empty"], to="alice", run=runs / "deaf", out=tmp_path / "out")
+
+
+def test_command_tells_what_was_made_where_other_recordings_cannot_be_used(runs, short, tmp_path):
+    (tmp_path / "songs").mkdir()
+    shutil.copy(short, tmp_path / "songs" / "good.wav")
+    (tmp_path / "songs" / "text.wav").write_text("no audio")
+    done = CliRunner().invoke(cli, ["convert", str(tmp_path / "songs"), "--to", "bob", "--run", str(runs / "deaf"),
+                                    "--vocoder", str(runs / "voc"), "-o", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 1 and "1 of 2 recordings cannot be used: text: not audio" in done.stderr
+    assert [one["key"] for one in json.loads(done.stdout)] == ["good"]
+
+
 def reading(path, spec, runs):
     """The run with another spec of its content feature."""
     shutil.copytree(runs / "transformer_svc", path)

@@ -119,7 +119,10 @@ def jobs(inputs: Sequence[str | storage.Place], reads: Mapping[str, Read], what:
         BadRequest: there is nothing.
     """
     found = [job for one in inputs for job in _jobs(storage.place(one), reads, what, how or Sources())]
-    if found and all(job.reason for job in found):
+    if not found:
+        raise BadRequest(f"no recordings are in {', '.join(map(str, inputs))}: give files of sound, folders of them, "
+                         "or stores")
+    if all(job.reason for job in found):
         refuse(found)
     return found
 
@@ -227,18 +230,29 @@ def check_out(out: Path, form: str | None) -> None:
 def places(found: Sequence[Job], out: Path, form: str | None) -> list[Path]:
     """The file of each job: `out` itself for one, or a file below it."""
     check_out(out, form)
-    if not found:
-        raise BadRequest("nothing to do: no utterance was found")
     if out.suffix.lower().lstrip(".") in FORMATS and not out.is_dir():
         if len(found) > 1:
             raise BadRequest(f"{out} is one file and {len(found)} utterances were found: name a folder")
+        _spare(found, [out])
         return [out]
     files = [out / f"{_safe(job.title)}.{form or 'wav'}" for job in found]
     twice, count = Counter(files).most_common(1)[0]
     if count > 1:
         raise BadRequest(f"{count} utterances would be written to {twice}: take them in turns, into folders of their "
                          "own")
+    _spare(found, files)
     return files
+
+
+def _spare(found: Sequence[Job], files: Sequence[Path]) -> None:
+    """BadRequest where a recording itself would be written over."""
+    there = {file.resolve() for file in files if file.exists()}
+    if not there:
+        return
+    for job in found:
+        known = job.store.utterances[job.key]
+        if known.audio and (source := Path(known.root or "", known.audio)).resolve() in there:
+            raise BadRequest(f"{source} is a recording that is read, and would be written over: give another --out")
 
 
 def _safe(key: str) -> Path:
