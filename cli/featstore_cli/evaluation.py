@@ -60,7 +60,8 @@ def evaluate(reference: Place, made: tuple[str, ...], target: Place | None, spli
         display.say_json({name: part for name, part in found.to_json().items() if name != "utterances"})
         return
     _say_means(found)
-    display.say(f"{out}/index.html: {len({one.utterance for one in found.measured}):,} utterances")
+    count = len({one.utterance for one in found.measured})
+    display.say(f"{out}/index.html: {count:,} utterance{'s' if count > 1 else ''}")
 
 
 def _systems(made: tuple[str, ...]) -> dict[str, Place]:

@@ -109,6 +109,28 @@ def test_a_silent_utterance_says_so(browser, report):
     assert "noisy: the converted recording is silent (1 utterance:" in said
 
 
+@pytest.mark.parametrize("name", ["index.html", "utterances/0001.html"])
+def test_a_page_fits_a_narrow_screen_and_what_is_wider_scrolls_by_itself(browser, report, name):
+    opened(browser, report / name)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                            {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True})
+    try:
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 360
+        widths = browser.execute_script("return [...document.querySelectorAll('.wide')].map((w) => w.scrollWidth)")
+        assert max(widths) > 360  # nothing is squeezed until it cannot be read
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_page_says_what_texts_and_tests_rest_on(browser, report):
+    opened(browser, report / "index.html")
+    said = browser.find_element("tag name", "body").text
+    assert "what the recogniser heard, with its own errors, in every reference" in said
+    assert "of so few (6) it comes out too narrow" in said and "no p-value can be below" not in said
+    opened(browser, report / "utterances" / "0001.html")
+    assert "Reference, as heard" in browser.find_element("tag name", "body").text
+
+
 def test_a_page_follows_a_dark_screen_and_prints(browser, report):
     opened(browser, report / "index.html")
     seen = []

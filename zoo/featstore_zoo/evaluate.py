@@ -139,7 +139,8 @@ def evaluate(reference: Place, converted: Mapping[str, Place], out: Path | None 
     heard = _transcripts(pairs, settings, device, progress) if recogniser is not None else [{} for _ in pairs]
     about = {"featstore": metadata.version("featstore"), "reference": str(reference), "target": target and str(target),
              "converted": {system: str(place) for system, place in converted.items()}, "split": split,
-             "pairs": listed and str(listed), "seed": seed}
+             "pairs": listed and str(listed), "seed": seed,
+             "texts_as_heard": sum("" in texts for texts in heard)}  # of references without a text
     with contextlib.ExitStack() as held:
         staged = None if out is None else held.enter_context(_staged(out))
         processes = workers if workers is not None else memory.cores()

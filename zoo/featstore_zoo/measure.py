@@ -40,28 +40,33 @@ class Metric(NamedTuple):
 
 MELODY, SOUND, VOICE, AMPHIONS = GROUPS = ("melody", "sound", "voice and words", "Amphion's definitions")
 METRICS: dict[str, Metric] = {
-    "f0_corr": Metric("F0CORR", "", "higher", 3, "Pearson correlation of log f0 where both are voiced", MELODY),
-    "f0_rmse": Metric("F0RMSE", "cents", "lower", 0, "root mean square difference of f0 where both are voiced", MELODY),
-    "f0_rmse_relative": Metric("F0RMSE, own key", "cents", "lower", 0, "the same, the median of each removed", MELODY),
-    "f0_rmse_hz": Metric("F0RMSE", "Hz", "lower", 1, "the same in Hz, the median left in", MELODY),
-    "gross_pitch_error": Metric("GPE", "%", "lower", 1, "frames voiced in both whose f0 is over 20 % off", MELODY),
+    "f0_corr": Metric("F0CORR", "", "higher", 3, "Pearson correlation of log f0 where voiced in both", MELODY),
+    "f0_rmse": Metric("F0RMSE", "cents", "lower", 0, "root mean square of 1200 log2(f0′ / f0) where voiced in both",
+                      MELODY),
+    "f0_rmse_relative": Metric("F0RMSE, own key", "cents", "lower", 0,
+                               "as F0RMSE in cents, the median of each recording removed first", MELODY),
+    "f0_rmse_hz": Metric("F0RMSE", "Hz", "lower", 1, "root mean square of f0′ − f0 where voiced in both", MELODY),
+    "gross_pitch_error": Metric("GPE", "%", "lower", 1, "gross pitch error: frames voiced in both whose f0 is over "
+                                                        "20 % off", MELODY),
     "voicing_error": Metric("V/UV error", "%", "lower", 1, "frames voiced in one and not in the other", MELODY),
-    "voicing_f1": Metric("V/UV F1", "", "higher", 3, "F1 of voiced frames", MELODY),
-    "mcd": Metric("MCD", "dB", "lower", 2, "mel-cepstral distortion, c1 to c24, along the alignment", SOUND),
-    "stft": Metric("MR-STFT", "", "lower", 3, "spectral convergence and log-magnitude difference, three resolutions, "
-                                              "by equal times", SOUND),
-    "si_sdr": Metric("SI-SDR", "dB", "higher", 1, "scale-invariant signal to distortion, by equal times", SOUND),
-    "periodicity_rmse": Metric("Periodicity RMSE", "", "lower", 3, "of the autocorrelation's peak", SOUND),
-    "energy_rmse": Metric("Energy RMSE", "dB", "lower", 2, "root mean square difference of the level", SOUND),
+    "voicing_f1": Metric("V/UV F1", "", "higher", 3, "F1 of voiced frames, 2 TP / (2 TP + FP + FN)", MELODY),
+    "mcd": Metric("MCD", "dB", "lower", 2, "mel-cepstral distortion: mean of (10 / ln 10) √(2 Σ (c′ − c)²), c1 to c24 "
+                                           "of WORLD's envelope, along the alignment", SOUND),
+    "stft": Metric("MR-STFT", "", "lower", 3, "spectral convergence plus mean difference of log magnitudes, at three "
+                                              "resolutions (512, 1024, 2048), by equal times", SOUND),
+    "si_sdr": Metric("SI-SDR", "dB", "higher", 1, "scale-invariant signal-to-distortion ratio, by equal times", SOUND),
+    "periodicity_rmse": Metric("Periodicity RMSE", "", "lower", 3, "root mean square difference of the peak of "
+                                                                   "autocorrelation, 0 to 1", SOUND),
+    "energy_rmse": Metric("Energy RMSE", "dB", "lower", 2, "root mean square difference of the level in dB", SOUND),
     "energy_corr": Metric("Energy corr.", "", "higher", 3, "Pearson correlation of the level in dB", SOUND),
     "similarity": Metric("Similarity", "", "higher", 3, "cosine of speaker embeddings to the target, or without one "
                                                         "to the reference", VOICE),
     "source_similarity": Metric("Source similarity", "", "lower", 3, "cosine of speaker embeddings to the reference, "
                                                                      "where there is a target", VOICE),
-    "stoi": Metric("STOI", "", "higher", 3, "short-time objective intelligibility, by equal times", VOICE),
-    "pesq": Metric("PESQ", "", "higher", 2, "wide-band PESQ, 1 to 4.64, by equal times", VOICE),
-    "cer": Metric("CER", "%", "lower", 1, "character error rate of what a recogniser hears", VOICE),
-    "wer": Metric("WER", "%", "lower", 1, "word error rate of what a recogniser hears", VOICE),
+    "stoi": Metric("STOI", "", "higher", 3, "short-time objective intelligibility, up to 1, by equal times", VOICE),
+    "pesq": Metric("PESQ", "", "higher", 2, "wide-band PESQ (ITU-T P.862.2), 1 to 4.64, by equal times", VOICE),
+    "cer": Metric("CER", "%", "lower", 1, "character error rate of what a recogniser hears, of all characters", VOICE),
+    "wer": Metric("WER", "%", "lower", 1, "word error rate of what a recogniser hears, of all words", VOICE),
     "amphion_mcd": Metric("MCD", "dB", "lower", 2, "as Amphion's evaluation defines it", AMPHIONS),
     "amphion_f0_rmse": Metric("F0RMSE", "cents", "lower", 0, "as Amphion's evaluation defines it", AMPHIONS),
     "amphion_f0_corr": Metric("F0CORR", "", "higher", 3, "as Amphion's evaluation defines it", AMPHIONS),

@@ -83,8 +83,11 @@ def number(value: float, digits: int = 2) -> str:
     return "–" if math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
-def figure(drawn: Figure, alt: str, caption: str = "") -> Markup:
-    """A figure of matplotlib as SVG, in which `INK` is the colour of the text. alt: what it shows, in words."""
+def figure(drawn: Figure, alt: str, caption: str = "", *, broad: bool = False) -> Markup:
+    """A figure of matplotlib as SVG, in which `INK` is the colour of the text.
+
+    alt: what it shows, in words. broad: on a narrow screen it is scrolled, and not made too small to read.
+    """
     from matplotlib import rc_context
 
     held = io.StringIO()
@@ -93,7 +96,7 @@ def figure(drawn: Figure, alt: str, caption: str = "") -> Markup:
     svg = held.getvalue()
     svg = svg[svg.index("<svg"):].replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)
     svg = PICTURE.sub(lambda found: _smaller(found[1]), svg)
-    return render("figure.html", svg=markup(svg), alt=alt, caption=caption)
+    return render("figure.html", svg=markup(svg), alt=alt, caption=caption, broad=broad)
 
 
 def image(pixels: np.ndarray, alt: str, caption: str = "") -> Markup:
@@ -102,7 +105,7 @@ def image(pixels: np.ndarray, alt: str, caption: str = "") -> Markup:
 
     held = io.BytesIO()
     Image.fromarray(pixels).save(held, format="PNG", optimize=True)
-    return render("figure.html", source=_data(held.getvalue(), "image/png"), alt=alt, caption=caption)
+    return render("figure.html", source=_data(held.getvalue(), "image/png"), alt=alt, caption=caption, broad=False)
 
 
 def player(wave: np.ndarray, sample_rate: int, label: str, *, small: bool = False) -> Markup:

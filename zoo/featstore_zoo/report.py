@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
+ARROWS = {"lower": "↓", "higher": "↑"}
 STRIPS = 80        # utterances that are drawn as points; more as a shape
 RANGE_DB = 80.0    # of a spectrogram
 DIFFERENCE_DB = 30.0
+LEAST = 6          # utterances: the smallest p of Wilcoxon's test, two-sided, is 2 / 2^n
+FEW = 10           # utterances below which a percentile bootstrap is plainly too narrow
 COLUMNS = 1200     # of a spectrogram: what a page has across
 
 
@@ -39,10 +42,12 @@ def index(found: Evaluation) -> str:
         frechet=_frechet(found) if found.frechet else "",
         plots=[_distribution(found, name) for name in found.settings.names],
         comparison=_comparison(found) if len(systems) > 1 else "", utterances=_utterances(found),
-        missing=list(_missing(found.measured)), settings=_settings(found), definitions=_definitions(found.settings))
-    parts = [("Means", "means"), ("Distributions", "distributions"), ("Comparison", "comparison"),
-             ("Utterances", "utterances"), ("Method", "method")]
-    links = [(text, f"#{name}") for text, name in parts if name != "comparison" or len(systems) > 1]
+        missing=list(_missing(found.measured)), settings=_settings(found), definitions=_definitions(found.settings),
+        notes=list(_notes(found)))
+    parts = [("Means", "means"), ("Groups", "groups"), ("Fréchet distances", "frechet"),
+             ("Distributions", "distributions"), ("Comparison", "comparison"), ("Utterances", "utterances"),
+             ("No value", "missing"), ("Method", "method")]
+    links = [(text, f"#{name}") for text, name in parts if f'id="{name}"' in body]
     return page.page(f"Evaluation of {_and(systems)}", body, links=links, footer="a click on a head sorts its table")
 
 
@@ -56,7 +61,8 @@ def utterance(job: Job, settings: Settings, reference: Signal, signals: Mapping[
     texts = []
     if settings.recogniser is not None:
         text = found[0].text or ""
-        texts = [("Reference", recognition.differences(text, text, language)),
+        known = "Reference, as heard" if "" in job.heard else "Reference"
+        texts = [(known, recognition.differences(text, text, language)),
                  *((one.system, recognition.differences(text, one.heard or "", language)) for one in found)]
     body = page.render(
         "utterance.html", speaker=job.pair.reference.speaker, sounds=sounds, texts=texts,
@@ -65,16 +71,24 @@ def utterance(job: Job, settings: Settings, reference: Signal, signals: Mapping[
         picture=page.figure(_spectra(reference, signals, paths), f"Spectrograms of {name}, of what was made of it, "
                             "their differences, and f0 over each other",
                             "Left: log-mel, its own time. Right: difference along the alignment, in the reference's "
-                            "time; f0 in the same time."), metrics=_values(found, settings))
+                            "time; f0 in the same time.", broad=True), metrics=_values(found, settings))
     return page.page(name, body, links=[("All utterances", "../index.html#utterances")])
 
 
 def _lead(found: Evaluation) -> str:
-    count = len({one.utterance for one in found.measured})
+    count, systems = len({one.utterance for one in found.measured}), len(found.systems)
     seconds = sum(one.seconds for one in found.measured)
-    return (f"{count:,} utterance{'s' if count > 1 else ''}, {len(found.systems)} "
-            f"system{'s' if len(found.systems) > 1 else ''}, {seconds / 60:.1f} min of converted sound. Intervals hold "
-            "95 % of the bootstrap over utterances; the best value of a column is marked.")
+    said = [f"{count:,} utterance{'s' if count > 1 else ''}, {systems} system{'s' if systems > 1 else ''}, "
+            f"{f'{seconds / 60:.1f} min' if seconds >= 60 else f'{seconds:.0f} s'} of converted sound."]
+    if count > 1:
+        said.append("Below each mean is its 95 % interval, from a bootstrap over utterances" +
+                    (f"; of so few ({count}) it comes out too narrow." if count < FEW else "."))
+    else:
+        said.append("One utterance has no interval and no test: a manifest with start_s and end_s cuts a song into "
+                    "phrases.")
+    if systems > 1:
+        said.append("The best value of a column is marked, whether or not the difference is significant.")
+    return " ".join(said)
 
 
 def _means(found: Evaluation, by: str) -> Iterator[Markup]:
@@ -131,8 +145,7 @@ def _best(summaries: Sequence[Summary], metric: Metric) -> float:
 
 
 def _head(metric: Metric) -> tuple[str, str]:
-    arrow = {"lower": "↓", "higher": "↑"}[metric.better]
-    return f"{metric.label}\N{NO-BREAK SPACE}{arrow}", metric.unit or "\N{NO-BREAK SPACE}"
+    return f"{metric.label}\N{NO-BREAK SPACE}{ARROWS[metric.better]}", metric.unit or "\N{NO-BREAK SPACE}"
 
 
 def _frechet(found: Evaluation) -> Markup:
@@ -143,20 +156,29 @@ def _frechet(found: Evaluation) -> Markup:
 
 def _comparison(found: Evaluation) -> Markup:
     rows = []
-    for one in found.comparisons:
+    tested = [one for one in found.comparisons if math.isfinite(one.difference.p)]
+    for one in tested:
         metric, gap = METRICS[one.metric], one.difference
         unit = {"%": " points", "": ""}.get(metric.unit, f" {metric.unit}") if math.isfinite(gap.mean) else ""
         sure = gap.corrected < 0.05
-        rows.append([Cell(metric.label, metric.unit), one.one, one.other,
+        rows.append([Cell(_named(metric)), one.one, one.other,
                      Cell(number(gap.mean, metric.digits) + unit, _span(gap.low, gap.high, metric), gap.mean),
                      Cell(_better(one.one, one.other, gap.mean, metric) if sure else "–"),
                      Cell(_probability(gap.p), value=gap.p),
                      Cell(_probability(gap.corrected), value=gap.corrected, best=sure),
                      Cell(f"{gap.count:,}", value=gap.count)])
+    if not rows:
+        return page.markup('<p class="note">{}</p>').format("A test needs two utterances that both systems have.")
+    caption = ("Paired by utterance: mean difference with its 95 % interval; Wilcoxon's signed-rank test, two-sided, "
+               f"corrected after Holm over the {len(tested)} tests of this page. Marked and called better below 0.05.")
+    if max(one.difference.count for one in tested) < LEAST:
+        caption += f" With fewer than {LEAST} utterances no p-value can be below 0.05."
     return page.table(["metric", "one", "other", "one − other", "better", "p", "p, corrected", "n"], rows,
-                      name="comparisons", caption="Paired over utterances: mean difference with its 95 % interval; "
-                      "Wilcoxon's signed-rank test, two-sided; corrected after Holm over all tests of this page. "
-                      "Marked and called better below 0.05.")
+                      name="comparisons", caption=caption)
+
+
+def _named(metric: Metric) -> str:
+    return metric.label + (f", {metric.unit}" if metric.unit else "")
 
 
 def _better(one: str, other: str, gap: float, metric: Metric) -> str:
@@ -195,7 +217,7 @@ def _values(found: Sequence[Measured], settings: Settings) -> Markup:
         best = (min(known) if metric.better == "lower" else max(known)) if len(set(known)) > 1 else math.nan
         cells = [Cell(number(one.values[name], metric.digits), one.reasons.get(name, ""), one.values[name],
                       one.values[name] == best) for one in found]
-        rows.append([Cell(_head(metric)[0], metric.unit), *cells])
+        rows.append([Cell(f"{_named(metric)}\N{NO-BREAK SPACE}{ARROWS[metric.better]}"), *cells])
     return page.table(["metric", *(one.system for one in found)], rows, name="metrics")
 
 
@@ -215,13 +237,38 @@ def _settings(found: Evaluation) -> list[tuple[str, str]]:
     recordings = [("reference", about["reference"]), ("converted", converted), ("target", about["target"]),
                   ("split", about["split"]), ("pairs", about["pairs"] or "by name")]
     made = [("sample rate", f"{settings.sample_rate} Hz, the lowest of all recordings unless it was given"),
-            ("alignment", aligned[settings.align]), ("f0", settings.f0), ("speaker embedding", settings.speaker),
-            ("recogniser", settings.recogniser), ("seed of the bootstrap", str(about["seed"]))]
+            ("alignment", aligned[settings.align]), ("f0", _extractor(settings.f0)),
+            ("speaker embedding", _extractor(settings.speaker)), ("recogniser", settings.recogniser),
+            ("errors of text against", _texts(found) if settings.recogniser else ""),
+            ("seed of the bootstrap", str(about["seed"]))]
     return [(name, text) for name, text in (*recordings, *made) if text]
 
 
+def _texts(found: Evaluation) -> str:
+    """Against what CER and WER were taken."""
+    heard, count = found.about["texts_as_heard"], len({one.utterance for one in found.measured})
+    if not heard:
+        return "transcripts of the reference"
+    where = f"{heard} of {count} references, else transcripts" if heard < count else "every reference"
+    return f"what the recogniser heard, with its own errors, in {where}"
+
+
+def _notes(found: Evaluation) -> Iterator[str]:
+    """What a reader of the numbers should know who did not make them."""
+    equal = [METRICS[name].label for name in ("stft", "si_sdr", "stoi", "pesq") if name in found.settings.names]
+    if equal:
+        yield (f"{_and(equal)} compare{'s' if len(equal) == 1 else ''} equal times, which resynthesis and noisy copies "
+               "keep: of other takes, and of conversions with a time of their own, the values say little.")
+
+
+def _extractor(request: str) -> str:
+    """What an extractor is, and by which request."""
+    known = {"f0:swift": "SwiftF0", "speaker": "d-vector of Resemblyzer", "speaker:wavlm": "x-vector of WavLM"}
+    return f"{known[request]}; {request}" if request in known else request
+
+
 def _definitions(settings: Settings) -> list[tuple[str, str]]:
-    return [(METRICS[name].label + (f", {METRICS[name].unit}" if METRICS[name].unit else ""), METRICS[name].says)
+    return [(_named(METRICS[name]), METRICS[name].says)
             for name in settings.names]
 
 
@@ -277,11 +324,11 @@ def _spectra(reference: Signal, signals: Mapping[str, Signal], paths: Mapping[st
         axes = drawn.subplots(1 + len(signals), 2, squeeze=False)
         mel = _log_mel(reference)
         top = float(mel.max())
-        _image(axes[0, 0], mel, "reference", "magma", (top - RANGE_DB, top), reference.rate)
+        _image(axes[0, 0], mel, "reference, dB", "magma", (top - RANGE_DB, top), reference.rate)
         _f0(axes[0, 1], reference, signals, paths)
         for row, (system, made) in zip(axes[1:], signals.items(), strict=True):
             own = _log_mel(made)
-            _image(row[0], own, system, "magma", (top - RANGE_DB, top), made.rate)
+            _image(row[0], own, f"{system}, dB", "magma", (top - RANGE_DB, top), made.rate)
             pairs = paths[system]
             if pairs is None:
                 row[1].set_axis_off()
