@@ -49,6 +49,7 @@ def evaluate(reference: Place, made: tuple[str, ...], target: Place | None, spli
     Example: featstore evaluate --reference wavs/ --converted a=out_a/ --converted b=out_b/ -o report/
     """
     from featstore_zoo import evaluate as e
+    from featstore_zoo import report
 
     if out is None and not as_json:
         raise click.UsageError("give a folder for the report (-o report/), or --json")
@@ -60,6 +61,8 @@ def evaluate(reference: Place, made: tuple[str, ...], target: Place | None, spli
         display.say_json({name: part for name, part in found.to_json().items() if name != "utterances"})
         return
     _say_means(found)
+    for line in report.missing(found):
+        display.say(display.visible(f"left out: {line}"))
     count = len({one.utterance for one in found.measured})
     display.say(f"{out}/index.html: {count:,} utterance{'s' if count > 1 else ''}")
 

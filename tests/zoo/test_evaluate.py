@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
+from click.testing import CliRunner
 from metric_pairs import RATE, pair
 
 import featstore as fs
 from featstore.errors import BadRequest
+from featstore_cli import cli
 from featstore_extractors import parse
-from featstore_zoo import intervals, pairs
+from featstore_zoo import intervals, pairs, report
 from featstore_zoo.evaluate import evaluate
 
 QUICK = ("mcd", "f0_corr", "f0_rmse", "energy_rmse", "si_sdr")
@@ -47,12 +49,18 @@ def test_equal_files_are_perfect_noisy_ones_are_not_and_both_are_compared(folder
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["utterances"][0]["utterance"] == "s0/u0"
 
 
-def test_silence_has_no_value_and_a_reason(folders):
+def test_silence_has_no_value_and_a_reason(folders, tmp_path):
     sf.write(folders / "noisy" / "s0" / "u0.wav", np.zeros(9600), RATE)
     found = evaluate(folders / "reference", {"noisy": folders / "noisy"}, names=("mcd", "si_sdr"), workers=1)
     assert found.measured[0].reasons == dict.fromkeys(("mcd", "si_sdr"), "the converted recording is silent")
     assert found.summary("noisy", "mcd").missing == 1 and found.summary("noisy", "mcd").interval.count == 1
     assert found.to_json()["utterances"][0]["values"]["mcd"] is None
+    assert list(report.missing(found)) == ["noisy: the converted recording is silent (1 utterance: all metrics)"]
+    said = CliRunner().invoke(cli, ["evaluate", "--reference", str(folders / "reference"), "--converted",
+                                     str(folders / "noisy"), "-m", "si_sdr", "--workers", "1", "-o",
+                                     str(tmp_path / "out")])
+    assert said.exit_code == 0 and "left out: noisy: the converted recording is silent (1 utterance" in said.output
+    assert "n = 1" in (tmp_path / "out" / "index.html").read_text("utf-8")  # a mean says of how many it is
 
 
 def test_what_has_no_counterpart_is_named(folders):

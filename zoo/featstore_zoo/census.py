@@ -218,7 +218,7 @@ def _pictures(census: Census) -> Markup:
     levels = [level for voice in census.voices for level in voice.loudness]
     if levels:
         said += page.figure(_histogram(levels, "dBFS", log=False), "Histogram of loudness",
-                            f"Loudness of the utterances, from their {census.loudness_by}.")
+                            f"Loudness of the utterances, from the stored {census.loudness_by}.")
     sung = [voice for voice in census.voices if voice.voiced][:SHOWN]
     if sung:
         most = f" The {SHOWN} with the most audio." if sum(bool(v.voiced) for v in census.voices) > SHOWN else ""

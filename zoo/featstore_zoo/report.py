@@ -12,7 +12,7 @@ import numpy as np
 from featstore_extractors.signal import LogMel
 
 from . import page, recognition
-from .measure import GROUPS, METRICS, Job, Measured, Metric, Settings, Signal, curve, language_of
+from .measure import GROUPS, METRICS, TEXT, Job, Measured, Metric, Settings, Signal, curve, language_of
 from .page import COLOURS, INK, Cell, number
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def index(found: Evaluation) -> str:
         frechet=_frechet(found) if found.frechet else "",
         plots=[_distribution(found, name) for name in found.settings.names],
         comparison=_comparison(found) if len(systems) > 1 else "", utterances=_utterances(found),
-        missing=list(_missing(found.measured)), settings=_settings(found), definitions=_definitions(found.settings),
+        missing=list(missing(found)), settings=_settings(found), definitions=_definitions(found.settings),
         notes=list(_notes(found)))
     parts = [("Means", "means"), ("Groups", "groups"), ("Fréchet distances", "frechet"),
              ("Distributions", "distributions"), ("Comparison", "comparison"), ("Utterances", "utterances"),
@@ -128,7 +128,8 @@ def _mean(one: Summary, best: float) -> Cell:
     metric, (mean, low, high, count) = METRICS[one.metric], one.interval
     lacking = f"{one.missing} of {count + one.missing} have no value" if one.missing else ""
     shown = number(mean, metric.digits)
-    return Cell(shown, _span(low, high, metric), mean, math.isfinite(best) and shown == number(best, metric.digits),
+    spans = [part for part in (_span(low, high, metric), f"n = {count}" if one.missing else "") if part]
+    return Cell(shown, ", ".join(spans), mean, math.isfinite(best) and shown == number(best, metric.digits),
                 lacking)
 
 
@@ -221,13 +222,16 @@ def _values(found: Sequence[Measured], settings: Settings) -> Markup:
     return page.table(["metric", *(one.system for one in found)], rows, name="metrics")
 
 
-def _missing(measured: Sequence[Measured]) -> Iterator[str]:
-    """Why values are missing, most often first."""
-    counts = Counter((one.system, why) for one in measured for why in set(one.reasons.values()))
+def missing(found: Evaluation) -> Iterator[str]:
+    """Why values are missing, most often first: a line for each system and reason."""
+    counts = Counter((one.system, why) for one in found.measured for why in set(one.reasons.values()))
     for (system, why), count in counts.most_common():
-        names = sorted({METRICS[name].label for one in measured if one.system == system
-                        for name, reason in one.reasons.items() if reason == why})
-        yield f"{system}: {why} ({count:,} utterance{'s' if count > 1 else ''}: {', '.join(names)})"
+        lacking = {name for one in found.measured if one.system == system
+                   for name, reason in one.reasons.items() if reason == why}
+        known = [name for name in found.settings.names if name not in TEXT]  # of silence, too, there are words: none
+        names = "all metrics" if len(known) > 1 and lacking >= set(known) else \
+            ", ".join(sorted({METRICS[name].label for name in lacking}))
+        yield f"{system}: {why} ({count:,} utterance{'s' if count > 1 else ''}: {names})"
 
 
 def _settings(found: Evaluation) -> list[tuple[str, str]]:
