@@ -1,9 +1,11 @@
 """Evaluation: pairs per second in one process and in several, and what memory they take.
 
-    python benchmarks/evaluate.py [--pairs 1000] [--seconds 5] [--workers 2] [--report]
+    python benchmarks/evaluate.py [--pairs 1000] [--alone 250] [--seconds 5] [--workers 2] [--report]
 
 Pairs are cuts of examples/corpus and the same with noise. All metrics that need no recogniser; every process measures
-some pairs first, so that loading is not counted. Peak memory is that of the largest process. --report: with pages.
+some pairs first, so that loading is not counted. One process measures --alone of them, half before and half after
+several have measured all, so that a machine that slows down does not flatter either. Peak memory is that of the
+largest process. --report: with pages.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ def _peak(process: int | None) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=1000)
+    parser.add_argument("--alone", type=int, default=250)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--report", action="store_true")
@@ -75,12 +78,15 @@ def main() -> None:
         found = pairs.pair(pairs.recordings(home / "reference"), {"noisy": pairs.recordings(home / "noisy")})
         jobs = [measure.Job(one) for one in found]
         print(f"{given.pairs:,} pairs of {given.seconds:g} s at {RATE / 1000:g} kHz, {len(measure.STANDARD)} metrics")
-        print("processes  pairs/s  x one   peak MB")
-        base = 0.0
-        for workers in (1, given.workers):
-            took, peak = timed(jobs, settings, workers)
-            base = base or took
-            print(f"{workers:9}  {len(jobs) / took:7.2f}  {base / took:5.2f}  {peak:8.0f}", flush=True)
+        print("processes  pairs  pairs/s  x one   peak MB")
+        half = max(1, min(given.alone, given.pairs) // 2)
+        before = timed(jobs[:half], settings, 1)
+        took, peak = timed(jobs, settings, given.workers)
+        after = timed(jobs[-half:], settings, 1)
+        alone = 2 * half / (before[0] + after[0])
+        print(f"{1:9}  {2 * half:5,}  {alone:7.2f}  {1:5.2f}  {max(before[1], after[1]):8.0f}")
+        rate = len(jobs) / took
+        print(f"{given.workers:9}  {len(jobs):5,}  {rate:7.2f}  {rate / alone:5.2f}  {peak:8.0f}", flush=True)
         if given.report:
             begin = time.monotonic()
             evaluate.evaluate(home / "reference", {"noisy": home / "noisy"}, home / "report", workers=given.workers)
