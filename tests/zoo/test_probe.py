@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,47 @@ def test_a_noisy_copy_belongs_to_its_clean_recording() -> None:
     labels = targets.labels_of(found)
     assert labels.twins == [(0, 1), (3, 2)]  # p2/a is longer than what names it
     assert labels.speakers[1] == "p1" and labels.recordings[0] == labels.recordings[1]
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> fs.Store:
+    """Four singers, each with noisy copies. `voice` is who sings; `room` too, by other channels in noisy copies."""
+    store = fs.create(tmp_path_factory.mktemp("rooms") / "rooms.zarr")
+    with store.writer() as writer:
+        for name in ("voice", "room"):
+            writer.declare(name, fs.Spec(made_by="own", version=1, kind="global"))
+        for singer, song, noisy in product(range(4), range(5), (0, 1)):
+            key = f"s{singer}{'_noisy' * noisy}/{song}"
+            writer.utterance({"key": key, "speaker": f"s{singer}", "duration_s": 1.0}, seconds=1.0)
+            writer.write(key, "voice", np.eye(4, dtype=np.float32)[singer])
+            writer.write(key, "room", np.eye(8, dtype=np.float32)[4 * noisy + singer])
+    return store
+
+
+def test_a_feature_that_knows_rooms_is_found_out_in_another_one(rooms: fs.Store) -> None:
+    study = probe.study(rooms, ["voice", "room"], probes=["linear"])
+    assert study.of("speaker", "voice").value == study.of("speaker", "room").value == 1
+    assert study.of("speaker across", "voice").value == 1
+    assert study.of("speaker across", "room").value < 0.5  # a guess: all it hears there is new to it
+
+
+def test_who_is_asked_in_one_condition_was_learnt_from_in_others(rooms: fs.Store) -> None:
+    utterances = [rooms.utterances[key] for key in rooms.utterances]
+    target = targets.speaker_across(utterances, targets.labels_of(utterances))
+    assert isinstance(target, targets.Target) and target.held is not None
+    folds = target.folds(None, [], np.zeros(0), seed=0)
+    assert sorted(np.concatenate([test for _, test in folds]).tolist()) == list(range(40))
+    for learn, test in folds:
+        assert not set(target.units[learn]) & set(target.units[test])
+        assert not set(target.held[learn]) & set(target.held[test])
+
+
+def test_what_few_voices_say_of_many_frames_is_not_believed() -> None:
+    drawn = np.random.default_rng(0)
+    voices = drawn.standard_normal((16, 64)).astype(np.float32)  # a vector of each voice, which says nothing of values
+    units, values = np.repeat(np.arange(16), 100), drawn.standard_normal(16).repeat(100) + drawn.standard_normal(1600)
+    found = learners.regress("linear", voices[units], values, units, drawn.standard_normal((50, 64)), 0)
+    assert np.abs(found - values.mean()).mean() < 0.2
 
 
 def test_text_is_compared_in_plain_letters() -> None:

@@ -21,35 +21,40 @@ PROBES: tuple[Probe, ...] = ("linear", "mlp")
 HIDDEN = 64
 STEPS = 400       # of a perceptron on frames or utterances
 BATCH = 512
-PENALTY = 1.0     # of ridge and logistic regression, on the sum over examples: weak where there are many
+PENALTIES = tuple(10.0 ** power for power in range(7))  # of ridge and logistic regression, on the sum over examples
+INNER = 4         # folds of what is learnt from, by units, on which a penalty is chosen
 CTC_STEPS = 400
 CTC_BATCH = 16
 
 
-def classify(probe: Probe, learnt: Array, classes: Array, asked: Array, seed: int) -> Array:
-    """Classes (m,) of `asked` (m, D) by a probe that learnt from (n, D) and classes (n,), each class equally often."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
+def classify(probe: Probe, learnt: Array, classes: Array, units: Array, asked: Array, seed: int) -> Array:
+    """Classes (m,) of `asked` (m, D) by a probe that learnt from (n, D) and classes (n,), each class equally often.
 
-    learnt, asked = standardised(learnt, asked)
-    often = _balanced(classes)
-    if probe == "linear":
-        model = LogisticRegression(C=1 / PENALTY, max_iter=300)
-    else:
-        model = _perceptron("classes", len(often), seed)
+    units: (n,) which belong together; a linear probe's penalty is chosen on a fold of other units.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the budget is fixed: what it gives is what is compared
+        penalty = _penalty_of_classes(learnt, classes, units, seed) if probe == "linear" else 0.0
+        learnt, asked = standardised(learnt, asked)
+        often = _balanced(classes)
+        model = _logistic(penalty) if probe == "linear" else _perceptron("classes", len(often), seed)
         return model.fit(learnt[often], classes[often]).predict(asked)
 
 
-def regress(probe: Probe, learnt: Array, values: Array, asked: Array, seed: int) -> Array:
-    """Values (m,) of `asked` (m, D) by a probe that learnt from (n, D) and values (n,)."""
+def regress(probe: Probe, learnt: Array, values: Array, units: Array, asked: Array, seed: int) -> Array:
+    """Values (m,) of `asked` (m, D) by a probe that learnt from (n, D) and values (n,).
+
+    units: (n,) which belong together; a linear probe's penalty is chosen on folds of other units.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import Ridge
 
+    penalty = _penalty_of_values(learnt, values, units) if probe == "linear" else 0.0
     learnt, asked = standardised(learnt, asked)
     mean, scale = values.mean(), max(float(values.std()), 1e-9)
-    model = Ridge(alpha=PENALTY) if probe == "linear" else _perceptron("values", len(values), seed)
+    model = Ridge(alpha=penalty) if probe == "linear" else _perceptron("values", len(values), seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(learnt, (values - mean) / scale).predict(asked) * scale + mean
@@ -126,6 +131,58 @@ def standardised(learnt: Array, asked: Array) -> tuple[Array, Array]:
     still = scale <= 1e-6 * (1 + np.abs(mean))
     shrink = np.where(still, 0, 1 / np.where(still, 1, scale))
     return ((learnt - mean) * shrink).astype(np.float32), ((asked - mean) * shrink).astype(np.float32)
+
+
+def _logistic(penalty: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=1 / penalty, max_iter=300, warm_start=True)
+
+
+def _penalty_of_classes(x: Array, classes: Array, units: Array, seed: int) -> float:
+    """The penalty that is right most often on a fold of units that it did not learn from, as a mean over classes; of
+    equal ones the strongest. One fold: many fits of thousands of frames would take minutes for each feature."""
+    from sklearn.metrics import recall_score
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    folds = min(INNER, int(np.unique(classes, return_counts=True)[1].min()), len(np.unique(units)))
+    if folds < 2:
+        return PENALTIES[0]
+    parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    learn, check = next(iter(parts.split(x, classes, units)))
+    if len(np.unique(classes[learn])) < 2 or not len(check):
+        return PENALTIES[0]
+    learnt, asked = standardised(x[learn], x[check])
+    often = _balanced(classes[learn])
+    learnt, told = learnt[often], classes[learn][often]
+    model, best, right = _logistic(PENALTIES[-1]), PENALTIES[-1], -1.0
+    for penalty in reversed(PENALTIES):  # each goes on from the stronger one's weights
+        model.set_params(C=1 / penalty)
+        found = recall_score(classes[check], model.fit(learnt, told).predict(asked), labels=np.unique(classes[check]),
+                             average="macro", zero_division=0)
+        if found > right:
+            best, right = penalty, found
+    return best
+
+
+def _penalty_of_values(x: Array, values: Array, units: Array) -> float:
+    """The penalty of least squared error on folds of units that it did not learn from.
+
+    Ridge for all penalties at once: w = V (V' X'y) / (l + penalty), with X'X = V diag(l) V'.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    if len(np.unique(units)) < INNER:
+        return PENALTIES[0]
+    penalties, errors = np.array(PENALTIES), np.zeros(len(PENALTIES))
+    for learn, check in GroupKFold(INNER).split(x, values, units):
+        learnt, asked = (part.astype(np.float64) for part in standardised(x[learn], x[check]))
+        mean = values[learn].mean()
+        sizes, turn = np.linalg.eigh(learnt.T @ learnt)
+        along = turn.T @ (learnt.T @ (values[learn] - mean))
+        weights = turn @ (along[:, None] / (np.maximum(sizes, 0)[:, None] + penalties))  # (D, penalties)
+        errors += ((asked @ weights - (values[check] - mean)[:, None]) ** 2).sum(0)
+    return float(penalties[errors.argmin()])
 
 
 def _perceptron(answers: Literal["classes", "values"], count: int, seed: int) -> Any:

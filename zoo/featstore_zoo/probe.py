@@ -35,7 +35,7 @@ UTTERANCES = 2_000
 DRAWS = 1_000         # of units, for an interval of 95 %
 SHOWN = 5e-4          # half of the last digit that is shown
 CONTROL = "constant"  # a feature that knows nothing: what it gets is chance
-TARGETS = ("speaker", "f0", "voicing", "energy", "text", "robustness", "condition")
+TARGETS = ("speaker", "speaker across", "f0", "voicing", "energy", "text", "robustness", "condition")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def study(store: Store, mixes: Sequence[str], *, split: str | None = None, seed:
     labels = targets.labels_of(utterances)
     text, pairs = targets.text(utterances, labels), targets.robustness(labels)
     material = _read(store, names, utterances, _needed(text, pairs), seed)
-    found = {"speaker": targets.speaker(utterances, labels, parted), **_of_frames(store, keys, material, labels),
+    found = {"speaker": targets.speaker(utterances, labels, parted),
+             "speaker across": targets.speaker_across(utterances, labels), **_of_frames(store, keys, material, labels),
              "text": text, "robustness": pairs, "condition": targets.condition(utterances, labels)}
     asked = [target for name in TARGETS if isinstance(target := found[name], Target)]
     results = []
@@ -330,7 +331,8 @@ def _result(target: Target, mix: str, probe: str, sums: Array, seed: int) -> Res
 def _right(target: Target, mix: str, probe: Any, material: _Material, learn: Array, test: Array, seed: int) -> Array:
     """(m, 2 classes): right, and all, by the class that was expected."""
     x = material.of_frames(mix) if target.rows == "frames" else material.of_utterances(mix)
-    found = learners.classify(probe, x[target.examples[learn]], target.answers[learn], x[target.examples[test]], seed)
+    found = learners.classify(probe, x[target.examples[learn]], target.answers[learn], target.units[learn],
+                              x[target.examples[test]], seed)
     expected = np.eye(target.classes)[target.answers[test]]
     return np.hstack([expected * (found == target.answers[test])[:, None], expected])
 
@@ -338,7 +340,8 @@ def _right(target: Target, mix: str, probe: Any, material: _Material, learn: Arr
 def _squares(target: Target, mix: str, probe: Any, material: _Material, learn: Array, test: Array, seed: int) -> Array:
     """(m, 2): squared error, and squared distance from the mean of what was learnt from."""
     x, values = material.of_frames(mix), target.answers
-    found = learners.regress(probe, x[target.examples[learn]], values[learn], x[target.examples[test]], seed)
+    found = learners.regress(probe, x[target.examples[learn]], values[learn], target.units[learn],
+                             x[target.examples[test]], seed)
     return np.stack([values[test] - found, values[test] - values[learn].mean()], axis=1) ** 2
 
 

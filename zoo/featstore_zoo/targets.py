@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ class Target:
     answers: (n,) class numbers, or values; texts of the target "text"; of pairs the noisy ones.
     units: (n,) number of the unit of each example. apart: what a unit is.
     chance: what a feature that knows nothing gets. higher: whether more is better at it.
+    held: (n,) number of the condition of each example, if each is to be asked by who learnt from other conditions.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Target:
     chance: float
     higher: bool = True
     classes: int = 0
+    held: Array | None = None
 
     def score(self, sums: Array) -> Array:
         """Scores (B,) from sums over units (B, K): of `accuracy` right and all by class, else two numbers.
@@ -79,15 +81,23 @@ class Target:
             from sklearn.model_selection import StratifiedGroupKFold
 
             strata = self.answers if self.measure == "accuracy" else np.zeros(len(self.examples))
+            strata = strata if self.held is None else strata * (self.held.max() + 1) + self.held
             parts = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-            return list(parts.split(self.examples, strata, self.units))
+            return self._elsewhere(parts.split(self.examples, strata, self.units))
         places = split.places(keys)
         own = places[frame_of[self.examples] if self.rows == "frames" else self.examples]
         tested = 2 if (own == 2).any() else 1
         learn, test = np.flatnonzero(own == 0), np.flatnonzero(own == tested)
         if self.name == "text":  # a split keeps songs or speakers apart, and one sentence is read by many
             test = test[~np.isin(self.units[test], self.units[learn])]
-        return [(learn, test)]
+        return self._elsewhere([(learn, test)])
+
+    def _elsewhere(self, folds: Iterable[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+        """The folds, or each of them for each condition: learn from the others, test on that one."""
+        if (held := self.held) is None:
+            return list(folds)
+        return [(learn[held[learn] != place], test[held[test] == place])
+                for learn, test in folds for place in np.unique(held)]
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,33 @@ def speaker(utterances: Sequence[StoredUtterance], labels: Labels, split: Split 
     number = {name: i for i, name in enumerate(known)}
     return _classes("speaker", "who speaks or sings", "utterances", labels.speakers, number, labels.recordings,
                     "recordings")
+
+
+def speaker_across(utterances: Sequence[StoredUtterance], labels: Labels) -> Target | str:
+    """Who speaks or sings, asked in a condition that was not learnt from: what a feature knows of a voice, and not of
+    the microphone and room that recordings of a speaker mostly share.
+
+    Conditions are the field `condition`, and a noisy copy's is another than its clean one's. Speakers with FEWEST
+    recordings or more in each of two are asked.
+    """
+    copies = {noisy for _, noisy in labels.twins}
+    where = [(str(u.extra.get("condition") or ""), number in copies) for number, u in enumerate(utterances)]
+    units: dict[tuple[str, tuple[str, bool]], set[int]] = {}
+    for name, place, unit in zip(labels.speakers, where, labels.recordings.tolist(), strict=True):
+        if name is not None:
+            units.setdefault((name, place), set()).add(unit)
+    often = {pair for pair, own in units.items() if len(own) >= FEWEST}
+    twice = {name for name, count in Counter(name for name, _ in often).items() if count > 1}
+    if len(twice) < 2:
+        return (f"{len(twice)} speakers have {FEWEST} recordings or more in each of two conditions (the field "
+                "condition, or noisy copies); two are needed")
+    kept = [name if name in twice and (name, place) in often else None
+            for name, place in zip(labels.speakers, where, strict=True)]
+    number = {name: i for i, name in enumerate(sorted(twice))}
+    asked = _classes("speaker across", "who speaks or sings, in a condition that was not learnt from", "utterances",
+                     kept, number, labels.recordings, "recordings")
+    places = sorted(set(where))
+    return replace(asked, held=np.array([places.index(where[i]) for i in asked.examples]))
 
 
 def condition(utterances: Sequence[StoredUtterance], labels: Labels) -> Target | str:
