@@ -42,7 +42,7 @@ def copies(manifest: Path, out: Path) -> tuple[int, int]:
             copy = out / "telephone" / f"{key}.flac"
             copy.parent.mkdir(parents=True, exist_ok=True)
             sf.write(copy, telephone(wave, rate, *noise, drawn), rate)
-            for line in ({"key": key, "path": str(path), "condition": row["condition"]},
+            for line in ({"key": key, "path": str(path), "condition": "as recorded"},
                          {"key": f"telephone/{key}", "path": str(copy.resolve()), "condition": "telephone",
                           "clean": key}):
                 file.write(json.dumps(line | known) + "\n")
