@@ -93,6 +93,8 @@ def _say_means(found: Evaluation) -> None:
             span = f" ({low:.{metric.digits}f} to {high:.{metric.digits}f})" if low == low else ""
             cells.append(f"{mean:.{metric.digits}f}{span}" if mean == mean else "-")
         rows.append((f"{metric.label}, {metric.unit}" if metric.unit else metric.label, *cells, metric.better))
+    for name, by in found.frechet.items():
+        rows.append((f"Fréchet distance, {name}", *(f"{by[system]:.3f}" for system in found.systems), "lower"))
     display.table(rows, ("mean (95 % interval)", *found.systems, "better"))
 
 

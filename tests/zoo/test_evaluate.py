@@ -17,7 +17,7 @@ import featstore as fs
 from featstore.errors import BadRequest
 from featstore_cli import cli
 from featstore_extractors import parse
-from featstore_zoo import intervals, pairs, report
+from featstore_zoo import intervals, metrics, pairs, report
 from featstore_zoo.evaluate import evaluate
 
 QUICK = ("mcd", "f0_corr", "f0_rmse", "energy_rmse", "si_sdr")
@@ -61,6 +61,19 @@ def test_silence_has_no_value_and_a_reason(folders, tmp_path):
                                      str(tmp_path / "out")])
     assert said.exit_code == 0 and "left out: noisy: the converted recording is silent (1 utterance" in said.output
     assert "n = 1" in (tmp_path / "out" / "index.html").read_text("utf-8")  # a mean says of how many it is
+
+
+def test_frechet_distance_is_over_what_is_compared(folders, tmp_path):
+    for system in ("reference", "noisy"):
+        assert not fs.extract(fs.corpus(folders / system), fs.create(tmp_path / f"{system}.zarr"),
+                              parse("wave", "log-mel"), workers=0).failures
+    stores = [fs.open(tmp_path / f"{system}.zarr") for system in ("reference", "noisy")]
+    fs.split(stores[0], "main", by="utterance", test=1, seed=0)
+    (key,) = fs.open(tmp_path / "reference.zarr").view(["log-mel"], like="log-mel", split="main/test")
+    found = evaluate(tmp_path / "reference.zarr", {"noisy": tmp_path / "noisy.zarr"}, split="main/test",
+                     names=("si_sdr",), frechet=["log-mel"], workers=1)
+    one, other = (np.asarray(store[key, "log-mel"].as_float()) for store in stores)
+    assert found.frechet["log-mel"]["noisy"] == pytest.approx(metrics.frechet_distance(one, other))
 
 
 def test_what_has_no_counterpart_is_named(folders):
@@ -117,7 +130,7 @@ def test_tables_hold_what_was_found(folders, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"names": ("mdc",)}, "no metric 'mdc'"), ({"names": ("cer",)}, "cer need a recogniser"),
+    ({"names": ("mdc",)}, "no metric 'mdc'"), ({"names": ("cer",)}, "cer needs a recogniser"),
     ({"f0": "f0:swift,hop=256"}, "expected an f0 of 200 frames per second"),
     ({"speaker": "energy"}, "expected a speaker embedding"), ({"frechet": ("log-mel",)}, "is no store"),
     ({"recogniser": "whisper:vast"}, "no recogniser 'whisper:vast'"), ({"variant": "other"}, "there is amphion")])

@@ -135,7 +135,7 @@ def evaluate(reference: Place, converted: Mapping[str, Place], out: Path | None 
     chosen = _names(names, variant, recogniser, target is not None)
     settings = Settings(rate, chosen, align, f0, speaker, recogniser, language)
     measure.check(settings)
-    spectra = {name: _frechet(reference, converted, name) for name in frechet}
+    spectra = {name: _frechet(reference, converted, name, pairs) for name in frechet}
     heard = _transcripts(pairs, settings, device, progress) if recogniser is not None else [{} for _ in pairs]
     about = {"featstore": metadata.version("featstore"), "reference": str(reference), "target": target and str(target),
              "converted": {system: str(place) for system, place in converted.items()}, "split": split,
@@ -179,7 +179,8 @@ def _names(asked: Sequence[str], variant: str | None, recogniser: str | None, ta
         raise BadRequest(f"no variant {variant!r}: there is amphion")
     text = set(TEXT) & set(asked)
     if text and recogniser is None:
-        raise BadRequest(f"{', '.join(sorted(text))} need a recogniser: --recogniser whisper:small, a folder, or "
+        need = "need" if len(text) > 1 else "needs"
+        raise BadRequest(f"{', '.join(sorted(text))} {need} a recogniser: --recogniser whisper:small, a folder, or "
                          "pocketsphinx (English, offline)")
     names = set(asked) or {*STANDARD, *(TEXT if recogniser else ()), *(["source_similarity"] if target else ())}
     names |= set(AMPHION) if variant else set()
@@ -275,16 +276,18 @@ def _target_of(recording: Recording, means: Mapping[str | None, Array]) -> Array
     return means[recording.speaker]
 
 
-def _frechet(reference: Place, converted: Mapping[str, Place], name: str) -> dict[str, float]:
-    """System -> Fréchet distance of a stored feature's vectors to those of the reference."""
-    one = _vectors(_store_of(reference, name), name)
+def _frechet(reference: Place, converted: Mapping[str, Place], name: str, pairs: Sequence[Pair]) -> dict[str, float]:
+    """System -> Fréchet distance of a stored feature's vectors to those of the reference, of what is compared."""
     spec = _store_of(reference, name).feature(name).spec
     found = {}
     for system, place in converted.items():
         store = _store_of(place, name)
         if differs := spec.differs(store.feature(name).spec):
             raise IdentityMismatch(f"{name} of {system} was made otherwise than the reference's: {', '.join(differs)}")
-        found[system] = metrics.frechet_distance(one, _vectors(store, name))
+        of = [(p.reference.key, p.converted[system].key) for p in pairs if system in p.converted]
+        one, other = (_vectors(held, name, keys) for held, keys in
+                      zip((_store_of(reference, name), store), zip(*of, strict=True), strict=True))
+        found[system] = metrics.frechet_distance(one, other)
     return found
 
 
@@ -296,12 +299,12 @@ def _store_of(place: Place, name: str) -> fs.Store:
     return fs.open(where)
 
 
-def _vectors(store: fs.Store, name: str) -> Array:
-    """All vectors (N, D) of a feature: frames, or one of each utterance."""
+def _vectors(store: fs.Store, name: str, keys: Iterable[str]) -> Array:
+    """All vectors (N, D) of a feature of some utterances: frames, or one of each. An utterance counts once."""
     feature = store.feature(name)
     if not feature.dim:
         raise MissingFeature(f"{name} is no embedding: it has one value per frame")
-    return np.concatenate([np.atleast_2d(feature[key].as_float()) for key in feature])
+    return np.concatenate([np.atleast_2d(feature[key].as_float()) for key in dict.fromkeys(keys)])
 
 
 def _summaries(measured: Sequence[Measured], settings: Settings, seed: int) -> Iterator[Summary]:

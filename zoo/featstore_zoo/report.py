@@ -152,7 +152,9 @@ def _head(metric: Metric) -> tuple[str, str]:
 def _frechet(found: Evaluation) -> Markup:
     rows = [[system, *(Cell(number(by[system], 3), value=by[system]) for by in found.frechet.values())]
             for system in found.systems]
-    return page.table(["system", *(f"{name} ↓" for name in found.frechet)], rows, name="frechet-distances")
+    return page.table(["system", *(f"{name} ↓" for name in found.frechet)], rows, name="frechet-distances",
+                      caption="Over all vectors of what is compared. Where they are fewer than a few times their "
+                      "length it is biased upwards: compare only what has equally many.")
 
 
 def _comparison(found: Evaluation) -> Markup:
