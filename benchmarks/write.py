@@ -35,7 +35,7 @@ COMMANDS = {  # section: what is run for it
     "encoders": "encoders.py speed",
     "pipeline": "encoders.py pipeline --every 8",
     "encoder memory": "encoders.py memory --minutes 10 60",
-    "vocoders": "vocoders.py speed",
+    "vocoders": "vocoders.py speed --seconds 4 --rounds 3",
     "vocoder training": "vocoders.py train",
     "vocoder learning": "vocoders.py learn",
     "vocoder memory": "vocoders.py memory",
