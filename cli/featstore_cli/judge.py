@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 @click.argument("store", type=PlaceType())
 @click.option("-f", "--feature", "mixes", multiple=True, required=True, metavar="NAME[+NAME...]",
               help="A feature, or several as one; again for more.")
+@click.option("--target", "targeted", multiple=True, metavar="NAME",
+              help="Only this, as speaker; again.  [default: all]")
 @click.option("--split", metavar="S", help="Learn from S/train, test on S/test.  [default: four folds by the seed]")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is drawn.")
 @json_option
-def probe(store: Place, mixes: tuple[str, ...], split: str | None, out: Path, seed: int, as_json: bool) -> None:
+def probe(store: Place, mixes: tuple[str, ...], targeted: tuple[str, ...], split: str | None, out: Path, seed: int,
+          as_json: bool) -> None:
     """Ask what features of STORE know: of speaker, melody, voicing, energy, text, noise and recording condition.
 
     Answers come from the store (f0, energy) and from its utterances (speaker, text, condition, clean and noisy pairs).
@@ -37,7 +40,7 @@ def probe(store: Place, mixes: tuple[str, ...], split: str | None, out: Path, se
     from featstore_zoo import probe as p
     from featstore_zoo import probe_report
 
-    study = p.study(open_store(store), mixes, split=split, seed=seed, progress=Said())
+    study = p.study(open_store(store), mixes, targeted=targeted, split=split, seed=seed, progress=Said())
     files = probe_report.write(study, out)
     if as_json:
         display.say_json(study.to_json())

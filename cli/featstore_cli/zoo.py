@@ -123,14 +123,15 @@ def vocode(inputs: tuple[Place, ...], vocoder: str, out: Path, form: str | None,
     """
     from featstore_zoo import vocode as v
 
+    made: list[Made] = []
     with SongProgress() as song:
-        made = v.files(inputs, vocoder, out, device=device, seed=seed, precision=precision, compiled=compiled,
-                       form=form, progress=None if as_json else _say_made(), watch=None if as_json else song)
-    if as_json:
-        display.say_json([{"key": one.key, "path": str(one.path), "seconds": one.seconds, "took_s": one.took_s}
-                          for one in made])
-        return
-    _say_total(made, out)
+        try:
+            v.files(inputs, vocoder, out, device=device, seed=seed, precision=precision, compiled=compiled, form=form,
+                    progress=_kept(made, not as_json), watch=None if as_json else song)
+        finally:  # a recording that cannot be used, or Ctrl-C: what was made before is told
+            song.stop()
+            if made:
+                _say_written(made, out, as_json)
 
 
 @cli.command()
@@ -179,18 +180,21 @@ def convert(inputs: tuple[Place, ...], to: str, run: Path, vocoder: str | None, 
             c.files(inputs, to=to, run=run, out=out, vocoder=vocoder, key=semitones, rounding=rounding, steps=steps,
                     sampler=sampler, seed=seed, device=device, precision=precision, window=window, form=form, how=how,
                     progress=_kept(made, not as_json), watch=None if as_json else song)
-        finally:  # a recording that cannot be used, or Ctrl-C: what was made before is told
+        finally:
             song.stop()
             if made:
-                _say_converted(made, out, as_json)
+                _say_written(made, out, as_json, converted=True)
 
 
-def _say_converted(made: Sequence[Made], out: Path, as_json: bool) -> None:
+def _say_written(made: Sequence[Made], out: Path, as_json: bool, converted: bool = False) -> None:
     if as_json:
-        display.say_json([{"key": one.key, "path": str(one.path), "seconds": one.seconds, "took_s": one.took_s,
-                           "semitones": one.semitones, "remarks": list(one.remarks)} for one in made])
+        display.say_json([{"key": one.key, "path": str(one.path), "seconds": one.seconds, "took_s": one.took_s}
+                          | ({"semitones": one.semitones, "remarks": list(one.remarks)} if converted else {})
+                          for one in made])
         return
-    _say_total(made, out)
+    seconds, took = sum(one.seconds for one in made), sum(one.took_s for one in made)
+    display.say(f"{len(made):,} written to {out}, {display.length(seconds)} in {display.length(took)} "
+                f"({seconds / max(took, 1e-9):.1f} x real time)")
 
 
 @cli.group()
@@ -335,12 +339,6 @@ def _say_made() -> Callable[[Made, int, int], None]:
             click.echo(f"  {remark}", err=True)
 
     return show
-
-
-def _say_total(made: Sequence[Made], out: Path) -> None:
-    seconds, took = sum(one.seconds for one in made), sum(one.took_s for one in made)
-    display.say(f"{len(made):,} written to {out}, {display.length(seconds)} in {display.length(took)} "
-                f"({seconds / max(took, 1e-9):.1f} x real time)")
 
 
 def _semitones(text: str) -> float:

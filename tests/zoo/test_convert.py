@@ -371,6 +371,12 @@ def test_a_recording_is_not_written_over(runs, short, tmp_path):
         convert.files([tmp_path / "empty"], to="alice", run=runs / "deaf", out=tmp_path / "out")
 
 
+def test_a_run_that_is_not_told_who_sings_says_so(short, tmp_path):
+    conversions.acoustic(tmp_path / "anyone", "transformer_svc", speaker="none")
+    made = convert.file(short, to="bob", run=tmp_path / "anyone", out=tmp_path / "out.wav")
+    assert any("is not told who sings (--speaker none): --to bob sets the key alone" in said for said in made.remarks)
+
+
 def test_command_tells_what_was_made_where_other_recordings_cannot_be_used(runs, short, tmp_path):
     (tmp_path / "songs").mkdir()
     shutil.copy(short, tmp_path / "songs" / "good.wav")

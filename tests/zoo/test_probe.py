@@ -170,6 +170,15 @@ def test_what_cannot_be_probed_is_said(known: fs.Store) -> None:
         probe.study(known, ["net+whisper"])
     with pytest.raises(BadRequest, match="always there as a control"):
         probe.study(known, ["constant"])
+    with pytest.raises(BadRequest, match=r"no target 'speakers' .*speaker.*: expected some of speaker, speaker across"):
+        probe.study(known, ["net"], targeted=["speakers"])
+
+
+def test_only_what_is_targeted_is_asked(known: fs.Store, study: probe.Study) -> None:
+    some = probe.study(known, study.features, targeted=["robustness", "f0"], probes=["linear"])
+    assert [target.name for target in some.targets] == ["f0"] and set(some.skipped) == {"robustness"}
+    for name in study.features:
+        assert some.of("f0", name).value == study.of("f0", name).value
 
 
 @pytest.mark.slow

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import featstore as fs
 from featstore import storage
 from featstore.errors import BadAudio, BadRequest, CannotLoad, ContractMismatch, IdentityMismatch
+from featstore_cli import cli
 from featstore_extractors import parse
 from featstore_extractors.signal import LogMel
 
@@ -99,8 +102,6 @@ def test_griffin_lim_keeps_the_mel(cache, tmp_path):
 
 
 def test_another_contract_is_refused_by_its_field(vocoder, voices, tmp_path):
-    import shutil
-
     shutil.copytree(voices, tmp_path / "other.zarr")
     store = fs.open(tmp_path / "other.zarr")
     fs.extract(fs.corpus(voices.parent / "corpus"), store, parse("log-mel:22k-80"), replace=True, workers=0)
@@ -178,9 +179,18 @@ def test_what_cannot_be_done_is_told(vocoder, voices, cache, tmp_path):
     assert not (tmp_path / "out.wav").exists()
 
 
-def test_a_newer_run_is_told_from_a_damaged_one(vocoder, tmp_path):
-    import shutil
+def test_command_writes_the_others_where_recordings_cannot_be_used(vocoder, cache, tmp_path):
+    (tmp_path / "songs").mkdir()
+    shutil.copy(SENTENCE, tmp_path / "songs")
+    (tmp_path / "songs" / "text.wav").write_text("no audio")
+    done = CliRunner().invoke(cli, ["vocode", str(tmp_path / "songs"), "--vocoder", str(vocoder), "-o",
+                                    str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 1 and "1 of 2 recordings cannot be used: text: not audio" in done.stderr
+    assert [one["key"] for one in json.loads(done.stdout)] == [SENTENCE.stem] == [
+        path.stem for path in (tmp_path / "out").iterdir()]
 
+
+def test_a_newer_run_is_told_from_a_damaged_one(vocoder, tmp_path):
     shutil.copytree(vocoder, tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     document = json.loads(path.read_text())

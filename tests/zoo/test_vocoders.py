@@ -310,3 +310,13 @@ def test_unknown_preset_lists_those_there_are():
 def test_impossible_configuration_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         find("hifigan").Config(**changes)
+
+
+@pytest.mark.parametrize(("name", "hop"), [("nsf_hifigan", 512), ("hifigan", 441), ("bigvgan", 300), ("hifigan", 480),
+                                           ("melgan", 512)])
+def test_rates_that_do_not_make_the_hop_are_told_with_some_that_do(name, hop):
+    contract = {"hop_length": hop, "win_length": 4 * hop, "n_fft": 4 * hop, "padding": "centre"}
+    with pytest.raises(ValueError, match=f"make 256 samples of a frame, hop_length is {hop}") as told:
+        find(name).Config(**contract)
+    fields = dict(word.split("=") for word in str(told.value).split() if "=" in word)
+    find(name).Config(**contract, **{field: tuple(json.loads(value)) for field, value in fields.items()})

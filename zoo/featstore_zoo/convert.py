@@ -162,6 +162,9 @@ class Conversion:
         semitones, remarks = self._key(song)
         song.move(semitones)
         remarks += [f"the recording is {flag}" for flag in song.flags if flag in ("clipped", "truncated")]
+        if self.run.settings.config.speaker == "none" and len(self.run.singers) > 1:
+            remarks.append(f"{self.run.path} is not told who sings (--speaker none): --to {self.target.name} sets the "
+                           "key alone, the voice is one that it made of all it heard")
         with contextlib.ExitStack() as stack:
             kept = stack.enter_context(tempfile.TemporaryFile(dir=_there(place.parent)))
             if song.audible.any():

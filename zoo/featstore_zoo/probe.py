@@ -89,17 +89,18 @@ class Study:
                             for r in self.results]}
 
 
-def study(store: Store, mixes: Sequence[str], *, split: str | None = None, seed: int = 0,
+def study(store: Store, mixes: Sequence[str], *, targeted: Sequence[str] = (), split: str | None = None, seed: int = 0,
           probes: Sequence[Probe] = learners.PROBES, progress: Told | None = None) -> Study:
     """Ask every target that the store has answers for, of each of `mixes`: "whisper", "whisper+contentvec".
 
+    targeted: only these, of TARGETS.
     split: the name of a split: learn from its train, test on its test. None: folds by the seed, in which no speaker (of
         speakers: no recording, of text: no sentence) is both learnt from and tested.
 
     Raises:
         MissingFeature, BadRequest: a feature is not there or cannot be asked; no utterance has all of them.
     """
-    mixes = _checked(store, mixes)
+    mixes = _checked(store, mixes, targeted)
     names = list(dict.fromkeys(name for mix in mixes for name in mix.split("+")))
     parted = None if split is None else _split(store, split)
     keys, left_out = _keys(store, names, seed)
@@ -110,7 +111,8 @@ def study(store: Store, mixes: Sequence[str], *, split: str | None = None, seed:
     found = {"speaker": targets.speaker(utterances, labels, parted),
              "speaker across": targets.speaker_across(utterances, labels), **_of_frames(store, keys, material, labels),
              "text": text, "robustness": pairs, "condition": targets.condition(utterances, labels)}
-    asked = [target for name in TARGETS if isinstance(target := found[name], Target)]
+    found = {name: what for name, what in found.items() if not targeted or name in targeted}
+    asked = [target for name in TARGETS if isinstance(target := found.get(name), Target)]
     results = []
     with learners.one_thread():
         for target, mix in product(asked, [*mixes, CONTROL]):
@@ -186,7 +188,7 @@ class _Material:
         return np.hstack([self.whole[name][number] for name in mix.split("+")])
 
 
-def _checked(store: Store, mixes: Sequence[str]) -> list[str]:
+def _checked(store: Store, mixes: Sequence[str], targeted: Sequence[str]) -> list[str]:
     if not mixes or CONTROL in mixes:
         raise BadRequest(f"features to probe: {list(mixes)}; expected some, such as log-mel and log-mel+f0, and none "
                          f"called {CONTROL!r}, which is always there as a control")
@@ -194,6 +196,9 @@ def _checked(store: Store, mixes: Sequence[str]) -> list[str]:
         kind = store.feature(name).kind
         if kind in ("samples", "discrete"):
             raise BadRequest(f"{name} is of kind {kind}: probes take continuous features, f0 and vectors of utterances")
+    for name in targeted:
+        if name not in TARGETS:
+            raise BadRequest(f"no target {name!r} ({nearest(name, TARGETS)}): expected some of {', '.join(TARGETS)}")
     return list(dict.fromkeys(mixes))
 
 

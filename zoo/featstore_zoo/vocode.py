@@ -156,19 +156,21 @@ def files(inputs: Sequence[str | storage.Place], vocoder: str | Path, out: Path,
     Raises:
         IdentityMismatch, MissingFeature: a store does not have what the vocoder was trained on; the field is named.
         BadRequest: nothing to do, two utterances for one file, or a form that is not known.
+        BadAudio: recordings are empty or none, told when the others are written.
     """
     run = None if str(vocoder) == GRIFFIN_LIM else load(vocoder)
     reads = _reads(run)
     check_out(out, form)
     found = jobs(inputs, reads, "the vocoder")
-    refuse(found)
-    files_of = places(found, out, form)
+    usable = [job for job in found if not job.reason]
+    files_of = places(usable, out, form)
     model = None if run is None else on(run.model, device, compiled=compiled)
     made = []
-    for number, (job, place) in enumerate(zip(found, files_of, strict=True), 1):
-        made.append(_one(job, run, model, place, seed, chunk, precision, staged(watch, job, number, len(found))))
+    for number, (job, place) in enumerate(zip(usable, files_of, strict=True), 1):
+        made.append(_one(job, run, model, place, seed, chunk, precision, staged(watch, job, number, len(usable))))
         if progress is not None:
-            progress(made[-1], number, len(found))
+            progress(made[-1], number, len(usable))
+    refuse(found, f". The others are in {out}")
     return made
 
 

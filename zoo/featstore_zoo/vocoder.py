@@ -8,6 +8,7 @@ by sample; `render` is a stack of convolutions, and what it gives for a frame de
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -191,11 +192,37 @@ def upsampled(span: Span, kernel: int, stride: int, padding: int | None = None) 
     return -((kernel - 1 - padding - span[0]) // stride), (span[1] + padding) // stride
 
 
+def fitting(hop_length: int, steps: int) -> list[int]:
+    """Rates, as alike as the hop's factors let them be, whose product is the hop; the largest first."""
+    rates, rest, factor = [1] * steps, hop_length, 2
+    factors = []
+    while rest > 1:
+        if rest % factor:
+            factor += 1
+        else:
+            factors.append(factor)
+            rest //= factor
+    for found in reversed(factors):
+        rates[rates.index(min(rates))] *= found
+    return sorted((rate for rate in rates if rate > 1), reverse=True)
+
+
+def check_rates(rates: tuple[int, ...], hop_length: int, *, with_kernels: bool) -> None:
+    """Raises ValueError, with rates (and kernels) that would do, unless the rates make a hop of a frame."""
+    if math.prod(rates) == hop_length:
+        return
+    would = fitting(hop_length, len(rates))
+    way = f"--set upsample_rates={json.dumps(would, separators=(',', ':'))}"
+    if with_kernels:
+        kernels = [2 * rate + rate % 2 for rate in would]  # twice the rate, as published; as even or odd as it
+        way += f" --set upsample_kernels={json.dumps(kernels, separators=(',', ':'))}"
+    raise ValueError(f"upsample_rates {rates} make {math.prod(rates)} samples of a frame, hop_length is {hop_length}: "
+                     f"they must be equal, for example {way}")
+
+
 def check_steps_up(rates: tuple[int, ...], kernels: tuple[int, ...], channels: int, hop_length: int) -> None:
     """Raises ValueError unless steps up by `rates` make a hop of a frame, halving `channels` each time."""
-    if math.prod(rates) != hop_length:
-        raise ValueError(f"upsample_rates {rates} make {math.prod(rates)} samples of a frame, hop_length is "
-                         f"{hop_length}: they must be equal")
+    check_rates(rates, hop_length, with_kernels=True)
     if len(kernels) != len(rates):
         raise ValueError(f"{len(kernels)} upsample_kernels for {len(rates)} upsample_rates: give one for each")
     for rate, kernel in zip(rates, kernels, strict=True):

@@ -6,7 +6,6 @@ torch's own initialisation, as there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from featstore_zoo.gan import GanConfig
-from featstore_zoo.vocoder import Span, Vocoder, upsampled, widened
+from featstore_zoo.vocoder import Span, Vocoder, check_rates, upsampled, widened
 
 SLOPE = 0.2
 EDGE = 3  # samples reflected at either end of the first and of the last convolution
@@ -47,9 +46,7 @@ class Config(GanConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if math.prod(self.upsample_rates) != self.hop_length:
-            raise ValueError(f"upsample_rates {self.upsample_rates} make {math.prod(self.upsample_rates)} samples of a "
-                             f"frame, hop_length is {self.hop_length}: they must be equal")
+        check_rates(self.upsample_rates, self.hop_length, with_kernels=False)
         if self.channels < 1 or self.residual_layers < 1:
             raise ValueError(f"channels {self.channels} and residual_layers {self.residual_layers} must be at least 1")
 
