@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -142,14 +143,27 @@ def test_a_run_is_not_trained_over(voices, tmp_path):
         prepared(tmp_path / "run", voices)
 
 
-def test_a_truncated_checkpoint_is_told_and_the_weights_stay(voices, tmp_path):
+def test_a_truncated_or_foreign_checkpoint_is_told_and_the_weights_stay(voices, tmp_path):
     prepared(tmp_path / "run", voices, steps=1)
     training.train(tmp_path / "run", voices, workers=0)
     path = tmp_path / "run" / training.LAST
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(CannotLoad, match="may be truncated"):
         training.train(tmp_path / "run", voices, workers=0, resume=True)
-    assert run.load(tmp_path / "run").model
+    torch.save({"position": Ran(str(tmp_path / "ran"))}, path)
+    with pytest.raises(CannotLoad, match="loading this might run code"):
+        training.train(tmp_path / "run", voices, workers=0, resume=True)
+    assert not (tmp_path / "ran").exists() and run.load(tmp_path / "run").model
+
+
+class Ran:
+    """A pickle that makes a folder where it is loaded."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
 
 
 def test_a_store_that_changed_is_not_gone_on_with(voices, tmp_path):

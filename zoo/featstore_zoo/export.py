@@ -11,8 +11,10 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ def to_onnx(run: Run, out: Path) -> None:
     frames = torch.export.Dim("frames", min=2)
     hop = run.settings.config.hop_length
     shapes = {"log_mel": {1: frames}, "f0": {1: frames}, "noise": {2: hop * frames}}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")  # the exporter's own, about itself
         program = torch.onnx.export(graph, tuple(inputs.values()), dynamo=True, opset_version=OPSET,
                                     input_names=list(inputs), output_names=["wave"], verbose=False,
@@ -60,6 +62,21 @@ def to_onnx(run: Run, out: Path) -> None:
     for name, value in (("model", run.settings.model), ("contract", json.dumps(vars(run.settings.contract)))):
         proto.metadata_props.append(onnx.StringStringEntryProto(key=name, value=value))
     put_file(out, proto.SerializeToString())
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A logger and those below it tell errors alone: the exporter warns of packages that nothing here needs."""
+    known = logging.root.manager.loggerDict
+    below = [logging.getLogger(found) for found in known if f"{found}.".startswith(f"{name}.")]
+    before = [logger.level for logger in below]
+    for logger in below:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(below, before, strict=True):
+            logger.setLevel(level)
 
 
 def graph_of(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import pickle
 import re
 import signal
 import threading
@@ -227,11 +228,15 @@ class Trainer:
             PositionMismatch: the store's batches are no longer those it was trained on; what changed is named.
         """
         path = self.run.path / LAST
+        again = f"Begin again from the weights: featstore train ... --init {self.run.path}"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CannotLoad(f"{path} refused: a state of training has tensors, numbers and texts alone, and loading "
+                             f"this might run code. It was not run. {again}") from error
         except Exception as error:  # whatever a truncated or foreign file does
-            raise CannotLoad(f"{path} cannot be read ({error}); it may be truncated. Begin again from the weights: "
-                             f"featstore train ... --init {self.run.path}") from error
+            raise CannotLoad(f"{path} cannot be read ({str(error).splitlines()[0]}); it may be truncated. "
+                             f"{again}") from error
         try:
             self.examples.crops.resume(state["position"])  # PositionMismatch where the store's batches are others now
             self._fill(state)
