@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 EXTRAS := signal,speaker,encoders,zoo,evaluate,s3,codecs,ray,dev
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -q
+PYTEST := $(BIN)/python -m pytest -q --dist worksteal
 
 .PHONY: demo test test-slow lint bench clean
 
