@@ -11,7 +11,7 @@ train: milliseconds of a step in float32 and under autocast, and the share of it
 learn: each model, in a small size, on eight sung clips of ../shared/make_corpus.py (or $FEATSTORE_SHARED; it needs
     espeak-ng): log-mel L1 of what it makes of their features beside that of their mean log-mel; the same with the
     content of other clips; through a small NSF-HiFiGAN of the same clips, how f0 follows the exact melody, and how far
-    its median moves when f0 is moved by four semitones. Content is a stand-in that needs no weights: see `Cepstra`.
+    its median moves when f0 is moved by four semitones (and, by frames, the median of how far each moves). Content is a stand-in that needs no weights: see `Cepstra`.
     Then samplers: MCD of few steps from many. Pictures go to FOLDER.
 """
 
@@ -213,7 +213,7 @@ def learn(names: list[str], out: Path) -> None:
         seconds = store.utterances.hours * 3600
         print(f"{len(store.utterances)} clips of {SINGERS} singers, {seconds:.0f} s; log-mel L1\n")
         print(f"{'':16} {'steps':>5} {'CPU s':>6} {'mean mel':>9} {'made':>6} {'ratio':>6} {'other content':>14} "
-              f"{'F0CORR':>7} {'+4 gives':>9}\n{'vocoder':16} {VOCODER['steps']:5} {time.process_time() - begin:6.0f}",
+              f"{'F0CORR':>7} {'+4 gives':>9} {'by frames':>10}\n{'vocoder':16} {VOCODER['steps']:5} {time.process_time() - begin:6.0f}",
               flush=True)
         sampled = []
         for name in names:
@@ -267,9 +267,10 @@ def _row(name: str, run: runs.Run, clips: dict[str, dict[str, Array]], speaker: 
     higher = tracks(waves_of(run.model, speaker, moved(clips, SEMITONES)), rate)
     low, high = (np.concatenate(list(side.values())) for side in (found, higher))
     both = (low > 0) & (high > 0)
-    medians = float(np.median(low[both])), float(np.median(high[both]))
+    of_medians = 12 * np.log2(np.median(high[both]) / np.median(low[both]))
+    of_frames = np.median(12 * np.log2(high[both] / low[both]))
     return (f"{name:16} {run.steps:5} {took:6.0f} {worst:9.2f} {made:6.2f} {made / worst:6.2f} "
-            f"{astray:6.2f} {astray / made - 1:+6.0%} {corr:7.3f} {12 * np.log2(medians[1] / medians[0]):+9.2f}")
+            f"{astray:6.2f} {astray / made - 1:+6.0%} {corr:7.3f} {of_medians:+9.2f} {of_frames:+10.2f}")
 
 
 # --- sampling
