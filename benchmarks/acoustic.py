@@ -11,8 +11,8 @@ train: milliseconds of a step in float32 and under autocast, and the share of it
 learn: each model, in a small size, on eight sung clips of ../shared/make_corpus.py (or $FEATSTORE_SHARED; it needs
     espeak-ng): log-mel L1 of what it makes of their features beside that of their mean log-mel; the same with the
     content of other clips; through a small NSF-HiFiGAN of the same clips, how f0 follows the exact melody, and how far
-    its median moves when f0 is moved by four semitones (and, by frames, the median of how far each moves). Content is a stand-in that needs no weights: see `Cepstra`.
-    Then samplers: MCD of few steps from many. Pictures go to FOLDER.
+    its median moves when f0 is moved by four semitones (and, by frames, the median of how far each moves). Content is
+    a stand-in that needs no weights: see `Cepstra`. Then samplers: MCD of few steps from many. Pictures go to FOLDER.
 """
 
 from __future__ import annotations
@@ -213,8 +213,8 @@ def learn(names: list[str], out: Path) -> None:
         seconds = store.utterances.hours * 3600
         print(f"{len(store.utterances)} clips of {SINGERS} singers, {seconds:.0f} s; log-mel L1\n")
         print(f"{'':16} {'steps':>5} {'CPU s':>6} {'mean mel':>9} {'made':>6} {'ratio':>6} {'other content':>14} "
-              f"{'F0CORR':>7} {'+4 gives':>9} {'by frames':>10}\n{'vocoder':16} {VOCODER['steps']:5} {time.process_time() - begin:6.0f}",
-              flush=True)
+              f"{'F0CORR':>7} {'+4 gives':>9} {'by frames':>10}", flush=True)
+        print(f"{'vocoder':16} {VOCODER['steps']:5} {time.process_time() - begin:6.0f}", flush=True)
         sampled = []
         for name in names:
             begin = time.process_time()
