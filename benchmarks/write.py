@@ -36,11 +36,11 @@ COMMANDS = {  # section: what is run for it
     "pipeline": "encoders.py pipeline --every 8",
     "encoder memory": "encoders.py memory --minutes 10 60",
     "vocoders": "vocoders.py speed --seconds 4 --rounds 3",
-    "vocoder training": "vocoders.py train --compile",
+    "vocoder training": "vocoders.py train",
     "vocoder learning": "vocoders.py learn",
     "vocoder memory": "vocoders.py memory",
     "acoustic sampling": "acoustic.py sampling",
-    "acoustic training": "acoustic.py train --compile",
+    "acoustic training": "acoustic.py train",
     "acoustic learning": "acoustic.py learn",
     "evaluation": "evaluate.py --report",
 }
