@@ -257,7 +257,8 @@ def _check_validated(store: fs.Store, training: Mapping[str, Any], known: Collec
     if valid and not any(store.utterances[key].speaker in known for key in valid):
         raise BadRequest(f"{training.get('split')}/valid has only singers that {training.get('split')}/train lacks, "
                          "and a numbered voice cannot be validated on others: split by song (featstore split --by "
-                         "song), or take an embedding (--speaker NAME)")
+                         "song) where each singer has several, leave --split out (one in twenty is held out), or take "
+                         "an embedding (--speaker NAME)")
 
 
 SMOKE = {"steps": 20, "batch": 2, "validate_every": 20, "save_every": 20, "valid_utterances": 1, "valid_s": 1.0,
