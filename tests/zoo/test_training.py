@@ -148,10 +148,10 @@ def test_a_truncated_or_foreign_checkpoint_is_told_and_the_weights_stay(voices, 
     training.train(tmp_path / "run", voices, workers=0)
     path = tmp_path / "run" / training.LAST
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(CannotLoad, match="may be truncated"):
+    with pytest.raises(CannotLoad, match="truncated"):
         training.train(tmp_path / "run", voices, workers=0, resume=True)
     torch.save({"position": Ran(str(tmp_path / "ran"))}, path)
-    with pytest.raises(CannotLoad, match="loading this might run code"):
+    with pytest.raises(CannotLoad, match=r"loading it would run .*mkdir.*It was not run.*--init"):
         training.train(tmp_path / "run", voices, workers=0, resume=True)
     assert not (tmp_path / "ran").exists() and run.load(tmp_path / "run").model
 

@@ -67,16 +67,13 @@ def to_onnx(run: Run, out: Path) -> None:
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
     """A logger and those below it tell errors alone: the exporter warns of packages that nothing here needs."""
-    known = logging.root.manager.loggerDict
-    below = [logging.getLogger(found) for found in known if f"{found}.".startswith(f"{name}.")]
-    before = [logger.level for logger in below]
-    for logger in below:
-        logger.setLevel(logging.ERROR)
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in zip(below, before, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(before)
 
 
 def graph_of(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:

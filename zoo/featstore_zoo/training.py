@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import pickle
 import re
 import signal
 import threading
@@ -35,6 +34,7 @@ from featstore import storage
 from featstore.errors import BadRequest, CannotLoad, FeatstoreError
 from featstore.torch import loader
 from featstore.work import out_of_memory
+from featstore_extractors import checkpoint
 
 from . import run as runs
 from .examples import Examples
@@ -228,15 +228,11 @@ class Trainer:
             PositionMismatch: the store's batches are no longer those it was trained on; what changed is named.
         """
         path = self.run.path / LAST
-        again = f"Begin again from the weights: featstore train ... --init {self.run.path}"
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CannotLoad(f"{path} refused: a state of training has tensors, numbers and texts alone, and loading "
-                             f"this might run code. It was not run. {again}") from error
-        except Exception as error:  # whatever a truncated or foreign file does
-            raise CannotLoad(f"{path} cannot be read ({str(error).splitlines()[0]}); it may be truncated. "
-                             f"{again}") from error
+            state = checkpoint.read(path)
+        except (OSError, ValueError) as error:
+            raise CannotLoad(f"{error}. Or begin again from the weights: featstore train ... --init "
+                             f"{self.run.path}") from error
         try:
             self.examples.crops.resume(state["position"])  # PositionMismatch where the store's batches are others now
             self._fill(state)
