@@ -172,6 +172,8 @@ def test_what_cannot_be_probed_is_said(known: fs.Store) -> None:
         probe.study(known, ["constant"])
     with pytest.raises(BadRequest, match=r"no target 'speakers' .*speaker.*: expected some of speaker, speaker across"):
         probe.study(known, ["net"], targeted=["speakers"])
+    with pytest.raises(BadRequest, match=r"has answers for nothing that is asked \(robustness: .*`clean`"):
+        probe.study(known, ["net"], targeted=["robustness"])
 
 
 def test_only_what_is_targeted_is_asked(known: fs.Store, study: probe.Study) -> None:

@@ -98,7 +98,8 @@ def study(store: Store, mixes: Sequence[str], *, targeted: Sequence[str] = (), s
         speakers: no recording, of text: no sentence) is both learnt from and tested.
 
     Raises:
-        MissingFeature, BadRequest: a feature is not there or cannot be asked; no utterance has all of them.
+        MissingFeature, BadRequest: a feature is not there or cannot be asked; no utterance has all of them; no target
+            has answers, and why.
     """
     mixes = _checked(store, mixes, targeted)
     names = list(dict.fromkeys(name for mix in mixes for name in mix.split("+")))
@@ -107,12 +108,16 @@ def study(store: Store, mixes: Sequence[str], *, targeted: Sequence[str] = (), s
     utterances = [store.utterances[key] for key in keys]
     labels = targets.labels_of(utterances)
     text, pairs = targets.text(utterances, labels), targets.robustness(labels)
-    material = _read(store, names, utterances, _needed(text, pairs), seed)
+    whole = [target for name, target in (("text", text), ("robustness", pairs)) if not targeted or name in targeted]
+    material = _read(store, names, utterances, _needed(*whole), seed)
     found = {"speaker": targets.speaker(utterances, labels, parted),
              "speaker across": targets.speaker_across(utterances, labels), **_of_frames(store, keys, material, labels),
              "text": text, "robustness": pairs, "condition": targets.condition(utterances, labels)}
     found = {name: what for name, what in found.items() if not targeted or name in targeted}
     asked = [target for name in TARGETS if isinstance(target := found.get(name), Target)]
+    if not asked:
+        why = "; ".join(f"{name}: {reason}" for name, reason in found.items())
+        raise BadRequest(f"{store.path} has answers for nothing that is asked ({why})")
     results = []
     with learners.one_thread():
         for target, mix in product(asked, [*mixes, CONTROL]):
