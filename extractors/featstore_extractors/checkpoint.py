@@ -210,6 +210,17 @@ def _checked_safetensors(file: Path, size: int, start: bytes) -> str:
 # Reading.
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors; ValueError for another file."""
+    (file,) = tensor_files(path)
+    if _checked(file) != "safetensors":
+        raise ValueError(f"{file} is no safetensors file")
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as opened:
+        return dict(opened.metadata() or {})
+
+
 def _safetensors(file: Path) -> dict[str, Any]:
     load = required("safetensors.torch", "encoders").load_file
     try:
