@@ -4,11 +4,13 @@
     python benchmarks/encoders.py pipeline [--every 8]
     python benchmarks/encoders.py memory   [--minutes 60]
     python benchmarks/encoders.py seams
+    python benchmarks/encoders.py box      [--rounds 5]
 
 Random weights of the true architectures, one interleaved run. The reference way is transformers' own forward in fp32
 with eager attention, one recording at a time, for Whisper always padded to 30 s. Goals, as ratios: Whisper 30 s >= 1.8
 x eager; short >= 4 x our own 30 s for clips of 5 s; bf16 >= 1.35 x SDPA in fp32 for Whisper, >= 1.7 x eager for
 ContentVec, where the processor has it; decoding, resampling and writing < 10 % of the encoders' time.
+box, with its own weights: 0.03 x real time on one core.
 """
 
 from __future__ import annotations
@@ -117,6 +119,24 @@ def seams(shared: Path, home: Path) -> None:
               f"from one frame to the next {step:.4f}")
 
 
+def box(shared: Path, home: Path, rounds: int) -> None:
+    """The encoder that ships beside two that do not, on one core, in parts of real time, and how large they are."""
+    torch.set_num_threads(1)
+    clips = _clips(shared, 6, 3.0, 12.0)
+    seconds = sum(len(wave) / SAMPLE_RATE for wave in clips)
+    tiny, content = whisper(home / "tiny", "tiny"), hubert(home / "contentvec")
+    requests = {"mini": "mini", "whisper tiny": f"whisper,weights={tiny}",
+                "whisper tiny, short": f"whisper,weights={tiny},context=short",
+                "contentvec": f"contentvec,weights={content}"}
+    times = _interleaved({name: _ours(request) for name, request in requests.items()}, clips, rounds)
+    print(f"one thread, {rounds} rounds; clips of {_range(clips)} s")
+    for name, request in requests.items():
+        (extractor,) = parse(request).values()
+        spent = statistics.median(times[name])
+        print(f"  {name}: {spent / seconds:.4f} x real time, {spent / statistics.median(times['mini']):.1f} x mini; "
+              f"{extractor.weights_bytes / 1e6:.1f} MB")
+
+
 def _clips(shared: Path, count: int, shortest_s: float, longest_s: float) -> list[np.ndarray]:
     """Recordings of about those lengths at 16 kHz, evenly taken from what there is."""
     found = []
@@ -198,7 +218,8 @@ def _range(waves: list[np.ndarray]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", nargs="?", choices=["speed", "pipeline", "memory", "seams", "all"], default="all")
+    parser.add_argument("part", nargs="?", choices=["speed", "pipeline", "memory", "seams", "box", "all"],
+                        default="all")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="speed: length of clips for context=short")
@@ -215,6 +236,8 @@ def main() -> None:
             memory(args.shared, home, args.minutes)
         if args.part in ("seams", "all"):
             seams(args.shared, home)
+        if args.part in ("box", "all"):
+            box(args.shared, home, args.rounds)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ TABLE: dict[str, Entry] = {
     "wav2vec2": Entry("featstore_extractors.hubert", "Wav2Vec2", "encoders"),
     "wavlm": Entry("featstore_extractors.hubert", "WavLM", "encoders"),
     "wenet": Entry("featstore_extractors.wenet", "WeNet", "encoders"),
+    "mini": Entry("featstore_extractors.mini", "Mini", "encoders"),
 }
 
 

@@ -30,14 +30,17 @@ class Published(NamedTuple):
     licence: in its words; None where it states none.
     parameters: millions, of the whole model, by its card or paper.
     beside: files that are needed with the tensors, all of which the repository has.
+    box: the file beside this one that holds it, where it ships with this package, and the digest of its bytes.
     """
 
     licence: str | None
     parameters: int
     beside: tuple[str, ...] = ("config.json", "preprocessor_config.json")
+    box: tuple[str, str] | None = None
 
 
 HUB: dict[str, Published] = {
+    "featstore/mini": Published("mit", 3, (), ("mini.safetensors", "sha256:fccfd0d45d8d20a513c343caf6bfa279a826ad616999d27ceeb818ee62d4ffa5")),
     **{f"openai/whisper-{size}": Published("apache-2.0", parameters, ("config.json",)) for size, parameters in (
         ("tiny", 39), ("base", 74), ("small", 244), ("medium", 769), ("large", 1550), ("large-v2", 1550),
         ("large-v3", 1550), ("tiny.en", 39), ("base.en", 74), ("small.en", 244), ("medium.en", 769))},

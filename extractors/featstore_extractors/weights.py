@@ -145,6 +145,8 @@ def local(wanted: str, *, extractor: str, named: bool) -> Path | None:
     """What `locate` finds without network; None for nothing. `named`: see its `fetch`."""
     if wanted.startswith("sha256:"):
         return _by_digest(wanted)
+    if wanted in HUB and (box := HUB[wanted].box) is not None:
+        return _boxed(*box)
     root = _root()
     places = [_path(wanted)] if named and wanted else []
     if root is not None and not named:
@@ -285,6 +287,17 @@ def _exists(path: Path) -> bool:
         if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:  # a name that no file can have
             return False
         raise
+
+
+def _boxed(file: str, pinned: str) -> Path:
+    """The path of weights that ship with this package. ValueError where their bytes are others."""
+    path = Path(__file__).with_name(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing from the installed featstore: install it again")
+    found = file_digest(path)
+    if found != pinned:
+        raise ValueError(f"{path} has digest {found}, not {pinned}, with which it ships: install featstore again")
+    return path
 
 
 def _opened(path: Path) -> Path:

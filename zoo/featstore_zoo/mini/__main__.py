@@ -48,7 +48,8 @@ def encoder(out: Path, audio: Path | None, sentences: int, steps: int, minutes: 
 @click.argument("audio", type=click.Path(path_type=Path, exists=True))
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=HERE / "measured", show_default=True)
 @click.option("--weights", type=click.Path(path_type=Path, exists=True), help="Others than the box's.")
-def measure(audio: Path, out: Path, weights: Path | None) -> None:
+@click.option("--brief", is_flag=True, help="Only what an ablation compares.")
+def measure(audio: Path, out: Path, weights: Path | None, brief: bool) -> None:
     """What the content encoder knows, beside log-mel, on readers of AUDIO that it has never heard.
 
     \b
@@ -56,7 +57,7 @@ def measure(audio: Path, out: Path, weights: Path | None) -> None:
     """
     from . import measure as measuring
 
-    measuring.report(audio, out, weights, click.echo)
+    measuring.report(audio, out, weights, brief, click.echo)
 
 
 if __name__ == "__main__":

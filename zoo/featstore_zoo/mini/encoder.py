@@ -143,7 +143,7 @@ class Batches:
         self.readers = [[n for n in recorded if data.clips[n].voice == name]
                         for name in sorted({data.clips[n].voice for n in recorded})]
         # A reader with much counts more than one with a sentence, but not by as much as there is more.
-        shares = np.sqrt([sum(data.clips[n].frames for n in reader) for reader in self.readers] or [1.0])
+        shares = np.sqrt([sum(data.clips[n].frames for n in reader) for reader in self.readers] or [1])
         self.shares = shares / shares.sum()
         self.read = [n for n in recorded if data.clips[n].phones and data.clips[n].frames <= FRAMES]
 
@@ -200,7 +200,7 @@ class Reversed(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return -ctx.size * gradient, None
 
 
@@ -314,7 +314,8 @@ class Training:
     def run(self, minutes: float = 90.0, told: Callable[[str], None] = print) -> bool:
         """Up to `minutes` more; True when all steps are done."""
         begun = saved = time.monotonic()
-        before, sums, count = self.spent, {}, 0
+        before, count = self.spent, 0
+        sums: dict[str, float] = {}
         while self.step < self.steps and time.monotonic() - begun < minutes * 60:
             for name, value in self._advance().items():
                 sums[name] = sums.get(name, 0.0) + value

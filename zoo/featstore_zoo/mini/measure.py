@@ -73,17 +73,17 @@ def prepared(audio: Path, out: Path, weights: Path | None) -> tuple[fs.Store, li
     return store, found
 
 
-def phone_errors(store: fs.Store, sentences: Sequence[Sentence], seed: int = 0,
+def phone_errors(store: fs.Store, sentences: Sequence[Sentence], brief: bool = False, seed: int = 0,
                  told: Callable[[str], None] = print) -> list[Errors]:
-    """Of every feature, context and probe; and of the encoder's own phones, which nothing was learnt for here."""
+    """Of every feature, context and probe; brief: of the encoder's content by the linear one alone."""
     view = store.view(["log-mel", "mini"], like="mini")
     frames = {s.key: view[s.key] for s in sentences}
     readers = sorted({s.reader for s in sentences})
     found = []
-    for feature, contexts in CONTEXTS.items():
+    for feature, contexts in {"mini": (0,)}.items() if brief else CONTEXTS.items():
         for context in contexts:
             rows = [_beside(np.asarray(frames[s.key][feature], np.float32), context) for s in sentences]
-            for kind in learners.PROBES:
+            for kind in learners.PROBES[:1] if brief else learners.PROBES:
                 wrong = np.zeros(len(sentences))
                 for reader in readers:
                     asked = [i for i, s in enumerate(sentences) if s.reader == reader]
@@ -121,12 +121,13 @@ def known(store: fs.Store) -> probe.Study:
     return probe.study(store, ["log-mel", "mini"], targeted=("speaker", "f0"))
 
 
-def report(audio: Path, out: Path, weights: Path | None = None, told: Callable[[str], None] = print) -> dict[str, Any]:
-    """All numbers, told line by line, and written to out/measured.json."""
+def report(audio: Path, out: Path, weights: Path | None = None, brief: bool = False,
+           told: Callable[[str], None] = print) -> dict[str, Any]:
+    """All numbers, told line by line, and written to out/measured.json; brief: what an ablation compares."""
     store, sentences = prepared(audio, out, weights)
     readers = sorted({s.reader for s in sentences})
     told(f"{len(sentences)} sentences of {len(readers)} readers held out: {', '.join(readers)}")
-    errors = phone_errors(store, sentences, told=told)
+    errors = phone_errors(store, sentences, brief, told=told)
     errors.append(own_errors(store, sentences))
     study = known(store)
     result: dict[str, Any] = {"readers": readers, "sentences": len(sentences), "phones": [], "known": []}
@@ -136,13 +137,8 @@ def report(audio: Path, out: Path, weights: Path | None = None, told: Callable[[
         result["phones"].append({"name": one.name, "parameters": one.parameters, "rate": one.rate(), "low": low,
                                  "high": high, "readers": by})
         told(f"phone errors, {one.name}: {one.rate():.1%} [{low:.1%}, {high:.1%}]")
-    best = min((e for e in errors if e.name.startswith("mini,")), key=lambda e: e.rate())
-    rival = min((e for e in errors if e.name.startswith("log-mel")), key=lambda e: e.rate())
-    low, high = interval(lambda chosen: 1 - best.rate(chosen) / rival.rate(chosen), len(sentences))
-    result["lower"] = {"mini": best.name, "beside": rival.name, "by": 1 - best.rate() / rival.rate(), "low": low,
-                       "high": high}
-    told(f"{best.name} beside the best of log-mel ({rival.name}): lower by {result['lower']['by']:.1%} "
-         f"[{low:.1%}, {high:.1%}]")
+    if not brief:
+        result["lower"] = _lower(errors, told)
     for target in study.targets:
         for feature in ("log-mel", "mini"):
             for kind in learners.PROBES:
@@ -153,6 +149,16 @@ def report(audio: Path, out: Path, weights: Path | None = None, told: Callable[[
                      f"chance {target.chance:.3f}")
     (out / "measured.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), "utf-8")
     return result
+
+
+def _lower(errors: Sequence[Errors], told: Callable[[str], None]) -> dict[str, Any]:
+    """By how much the encoder's best probe errs less than the best of log-mel's."""
+    best = min((e for e in errors if e.name.startswith("mini,")), key=lambda e: e.rate())
+    rival = min((e for e in errors if e.name.startswith("log-mel")), key=lambda e: e.rate())
+    by = 1 - best.rate() / rival.rate()
+    low, high = interval(lambda chosen: 1 - best.rate(chosen) / rival.rate(chosen), len(best.wrong))
+    told(f"{best.name} beside the best of log-mel ({rival.name}): lower by {by:.1%} [{low:.1%}, {high:.1%}]")
+    return {"mini": best.name, "beside": rival.name, "by": by, "low": low, "high": high}
 
 
 def _letter(phone: int) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,11 @@ def make(out: Path, audio: Path | None, sentences: int = SENTENCES, seed: int = 
     if audio is not None:
         jobs += [(out / f"read-{reader}.safetensors", (audio, reader)) for reader in readers(audio)]
     open_jobs = [(path, job) for path, job in jobs if not path.exists()]
-    with ProcessPoolExecutor(workers) as pool:
-        for number, path in enumerate(pool.map(_write, open_jobs), 1):
+    # A process for each shard: espeak-ng says the same text otherwise after other texts, by some samples.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(workers, maxtasksperchild=1) as pool:
+        for number, path in enumerate(pool.imap(_write, open_jobs, chunksize=1), 1):
             told(f"{number} of {len(open_jobs)} shards: {path.name}")
     return [path for path, _ in jobs]
 
