@@ -33,7 +33,8 @@ def main(path: Path) -> None:
     f0 = store[key, "f0"][:]
     print(f"{key}: {store.utterances[key].duration_s:.2f} s, {(f0 > 0).mean():.0%} voiced, "
           f"median f0 {sorted(f0[f0 > 0])[int((f0 > 0).sum()) // 2]:.1f} Hz, "
-          f"log-mel {store[key, 'log-mel'].shape}, content {store[key, 'mini'].shape}; {store.why(key, 'f0').state}: {store.why(key, 'f0').reason}")
+          f"log-mel {store[key, 'log-mel'].shape}, content {store[key, 'mini'].shape}; "
+          f"{store.why(key, 'f0').state}: {store.why(key, 'f0').reason}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ class Published(NamedTuple):
 
 
 HUB: dict[str, Published] = {
-    "featstore/mini": Published("mit", 3, (), ("mini.safetensors", "sha256:fccfd0d45d8d20a513c343caf6bfa279a826ad616999d27ceeb818ee62d4ffa5")),
+    "featstore/mini": Published("mit", 3, (), (
+        "mini.safetensors", "sha256:fccfd0d45d8d20a513c343caf6bfa279a826ad616999d27ceeb818ee62d4ffa5")),
     **{f"openai/whisper-{size}": Published("apache-2.0", parameters, ("config.json",)) for size, parameters in (
         ("tiny", 39), ("base", 74), ("small", 244), ("medium", 769), ("large", 1550), ("large-v2", 1550),
         ("large-v3", 1550), ("tiny.en", 39), ("base.en", 74), ("small.en", 244), ("medium.en", 769))},

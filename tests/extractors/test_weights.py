@@ -427,5 +427,5 @@ def test_every_preset_names_a_model_that_is_in_the_table():
     assert {preset.wanted for preset in presets} - weights.HUB.keys() == {""}  # WeNet's, of which there is none
     assert {"whisper:large-v3", "contentvec:amphion", "hubert:large", "wavlm", "speaker:wavlm"} <= {
         preset.request for preset in presets}
-    assert all(preset.named == (":" in preset.request) for preset in presets if preset.extractor != "wenet"
-               and preset.extractor != "speaker")
+    assert all(preset.named == (":" in preset.request) for preset in presets
+               if preset.extractor not in ("wenet", "speaker", "mini"))
