@@ -34,5 +34,6 @@ def draw(rows: Sequence[Mapping[str, float]], path: Path) -> None:
             axes.set(title=title, xlabel="step")
             if title.startswith("to be"):
                 axes.set_yscale("log")
-            axes.legend(frameon=False)
+            if axes.lines:
+                axes.legend(frameon=False)
         figure.savefig(path, dpi=130, metadata={"Software": None})
