@@ -79,7 +79,7 @@ def nuisance(frames: Frames) -> Array:
         voiced = np.isfinite(octave)
         if voiced.sum() > FEWEST:
             x, y = rows[voiced] - rows[voiced].mean(0), octave[voiced] - octave[voiced].mean()
-            along = x.T @ y / np.sqrt((y**2).sum())
+            along = x.T @ y / max(np.sqrt((y**2).sum()), 1e-9)
             pitch += np.outer(along, along)
     both = sum(part / max(np.trace(part), 1e-9) for part in within)
     return np.asarray(both + pitch / max(np.trace(pitch), 1e-9))
