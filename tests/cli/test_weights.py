@@ -55,7 +55,8 @@ def test_ls_lists_every_preset_with_licence_and_hub_id() -> None:
     assert rows["contentvec:vec256l9"] == ["lengyue233/content-vec-best", "mit", "95", "M", "not", "here"]
     assert rows["wavlm:large"] == ["microsoft/wavlm-large", "not", "stated", "317", "M", "not", "here"]
     assert rows["wenet"] == ["(your", "own)", "not", "here"]
-    assert shown.output.splitlines()[-1].startswith(f"0 of {len(rows)} are here.")
+    assert rows["mini"][:3] == ["featstore/mini", "mit", "3"] and "not" not in rows["mini"]
+    assert shown.output.splitlines()[-1].startswith(f"2 of {len(rows)} are here.")  # mini and mini:phones, in the box
 
 
 def test_ls_shows_where_weights_are_how_large_and_the_digest_once_it_is_known(places: Path) -> None:
@@ -71,14 +72,15 @@ def test_ls_shows_where_weights_are_how_large_and_the_digest_once_it_is_known(pl
 
 
 def test_check_without_words_checks_all_that_is_here_each_once(places: Path) -> None:
-    assert run("check").exit_code == 0 and "no weights of any preset" in run("check").output
+    alone = run("check")  # what is in the box is always here
+    assert alone.exit_code == 0 and [line.split()[:2] for line in alone.output.splitlines()] == [["ok", "mini"]]
     whisper_folder(places / "whisper")
     hubert_folder(places / "contentvec", projection=8)
     wenet_folder(places / "wenet")
     done = run("check")
     assert done.exit_code == 0, done.output
-    assert [line.split()[:2] for line in done.output.splitlines()] == [["ok", "whisper"], ["ok", "contentvec"],
-                                                                        ["ok", "wenet"]]
+    assert sorted(line.split()[:2] for line in done.output.splitlines()) == [
+        ["ok", "contentvec"], ["ok", "mini"], ["ok", "wenet"], ["ok", "whisper"]]
 
 
 def test_check_takes_any_request(tmp_path: Path) -> None:
