@@ -32,7 +32,7 @@ class Sizes:
     width: int = 256
     blocks: int = 8
     expansion: int = 3
-    dim: int = 192
+    dim: int = 256
     phones: int = 0
 
     @property

@@ -101,8 +101,31 @@ def test_readers_held_out_are_in_no_training_data(shared: Path) -> None:
     kept = speech.readers(shared / "audio")
     assert kept and not set(kept) & set(speech.HELD_OUT)
     assert set(speech.HELD_OUT) <= {row["speaker"] for row in speech.manifest(shared / "audio")}
-    pieces = list(speech.recordings(shared / "audio", "fsdd_theo"))
-    assert names(pieces[0][1]) == "z i ə ɹ oʊ"
+
+
+@espeak
+def test_recordings_of_english_readers_have_phones_and_times(shared: Path) -> None:
+    pytest.importorskip("pocketsphinx")
+    zero, *_ = speech.recordings(shared / "audio", "fsdd_theo")
+    assert [n for n in names(zero.phones).split() if n != "sil"] == "z i ɹ oʊ".split()
+    assert len(zero.ends) == len(zero.phones) and zero.ends[-1] == len(zero.wave) and (np.diff(zero.ends) > 0).all()
+    sung, *_ = speech.recordings(shared / "audio", "csd_bass1")
+    assert not len(sung.phones) and not len(sung.ends)
+
+
+@espeak
+def test_a_recogniser_hears_what_a_voice_says_and_when() -> None:
+    pytest.importorskip("pocketsphinx")
+    said = voices.flite("slt", "the old man went to the river and sat down by the water")
+    understood = voices.heard(said.wave)
+    told = voices.heard(said.wave, "The old man went to the river, and sat down by the water.")
+    assert understood is not None and told is not None
+    centres = (np.arange(len(said.wave) // 320) + 0.5) * 320
+    at = [one.phones[np.minimum(np.searchsorted(one.ends, centres), len(one.phones) - 1)]
+          for one in (said, understood, told)]
+    assert (at[0] == at[1]).mean() > 0.5 and (at[0] == at[2]).mean() > 0.6
+    assert voices.heard(np.zeros(16000, np.float32)) is None
+    assert voices.heard(said.wave, "xyzzyqq") is None
 
 
 # Training.

@@ -37,8 +37,8 @@ from .phones import NUMBER, PHONES, SILENCE
 
 Array = np.ndarray
 FRAMES = 150          # of a crop: 3 s
-PAIRS, REAL, READ = 7, 5, 2  # rows of a batch: sentences by two voices, recordings, recordings with a transcript
-STEPS = 6500          # many small batches: in a given time they find far more phones than few large ones
+PAIRS, REAL, READ = 6, 4, 6  # rows of a batch: sentences by two voices, recordings, recordings with phones
+STEPS = 4000          # many small batches: in a given time they find far more phones than few large ones
 RATE, LAST, WARM = 3e-3, 0.003, 0.02  # the last rate beside the first; part of the steps in which it rises
 EASY, HARD, HARDENED = 0.2, 0.85, 0.3  # part of the rows that are augmented: at first, and from this progress on
 WARPED = 0.5          # part of the rows with another vocal tract
@@ -118,7 +118,7 @@ class Data:
 @dataclass(frozen=True)
 class Batch:
     """bands (B, 2F, MELS); labels, f0 (B, F); voice (B,), -1 unknown; twin (P, F): frame of row P + p that row p's
-    frame corresponds to, -1 none; lines: (row, phones) for CTC. Rows: P, their P twins, recordings, transcribed."""
+    frame corresponds to, -1 none; lines: (row, phones) for CTC. Rows: P, their P twins, recordings, those with phones."""
 
     bands: Tensor
     labels: Tensor
@@ -135,17 +135,15 @@ class Batches:
         self.data, self.seed = data, seed
         groups: dict[int, list[int]] = {}
         for number, clip in enumerate(data.clips):
-            if clip.timed and clip.sentence % FREE:
+            if clip.timed and clip.engine != "real" and clip.sentence % FREE:
                 groups.setdefault(clip.sentence, []).append(number)
         self.groups = [group for group in groups.values() if len(group) > 1]
-        self.free = [n for n, clip in enumerate(data.clips) if clip.timed and clip.sentence % FREE == 0]
+        self.free = [n for n, clip in enumerate(data.clips)
+                     if clip.timed and clip.engine != "real" and clip.sentence % FREE == 0]
         recorded = [n for n, clip in enumerate(data.clips) if clip.engine == "real"]
-        self.readers = [[n for n in recorded if data.clips[n].voice == name]
-                        for name in sorted({data.clips[n].voice for n in recorded})]
-        # A reader with much counts more than one with a sentence, but not by as much as there is more.
-        shares = np.sqrt([sum(data.clips[n].frames for n in reader) for reader in self.readers] or [1])
-        self.shares = shares / shares.sum()
-        self.read = [n for n in recorded if data.clips[n].phones and data.clips[n].frames <= FRAMES]
+        self.readers = _readers(data, recorded)
+        self.read = _readers(data, [n for n in recorded if data.clips[n].timed or (
+            data.clips[n].phones and data.clips[n].frames <= FRAMES)])
 
     def at(self, step: int) -> Batch:
         rng = np.random.default_rng((self.seed, step))
@@ -168,12 +166,10 @@ class Batches:
             else:
                 twins.append((other, int(rng.integers(0, max(1, data.clips[other].frames - FRAMES // 2)))))
         rows += twins
-        if self.readers:
-            for pick in rng.choice(len(self.readers), REAL, p=self.shares):
-                clip = int(rng.choice(self.readers[pick]))
+        for count, readers in ((REAL, self.readers), (READ, self.read)):
+            for _ in range(count if readers else 0):
+                clip = int(rng.choice(_one(readers, data, rng)))
                 rows.append((clip, int(rng.integers(0, max(1, data.clips[clip].frames - FRAMES + 1)))))
-        if self.read:
-            rows += [(int(clip), 0) for clip in rng.choice(self.read, READ)]
         parts = [data.crop(*row) for row in rows]
         bands, labels, f0 = (np.stack(part) for part in zip(*parts, strict=True))
         voice = np.array([data.voices[data.clips[clip].voice] if not data.clips[clip].sung else -1 for clip, _ in rows])
@@ -189,6 +185,17 @@ class Batches:
         else:
             line = self.data.phones[clip] if first == 0 and self.data.clips[clip].frames <= FRAMES else labels[:0]
         return np.asarray(line[line != NUMBER[SILENCE]])
+
+
+def _readers(data: Data, clips: Sequence[int]) -> list[list[int]]:
+    """Clips by their voice."""
+    return [[n for n in clips if data.clips[n].voice == name] for name in sorted({data.clips[n].voice for n in clips})]
+
+
+def _one(readers: Sequence[list[int]], data: Data, rng: np.random.Generator) -> list[int]:
+    """One reader's clips. Who has much counts more than who has a sentence, but not by as much as there is more."""
+    shares = np.sqrt([sum(data.clips[n].frames for n in reader) for reader in readers])
+    return readers[int(rng.choice(len(readers), p=shares / shares.sum()))]
 
 
 class Reversed(torch.autograd.Function):

@@ -25,7 +25,7 @@ from .phones import NUMBER, PHONES, SILENCE
 Array = np.ndarray
 CLIPS = 1600          # synthetic clips that are looked at; of recordings all
 FEWEST = 20           # frames of a phone by a voice whose mean counts
-REMOVED = 64          # directions
+REMOVED = 128         # directions
 FIT_STEPS, FIT_BATCH = 1500, 4096
 RIDGE = 1e-3
 
@@ -42,7 +42,7 @@ class Frames:
 
 
 def frames_of(network: ContentNet, data: Data, clips: Sequence[int]) -> Frames:
-    """Of clips as they are; the phones of recordings are those that the network is sure of, others left out."""
+    """Of clips as they are; phones of recordings without any are those that the network is sure of."""
     parts: list[tuple[Array, ...]] = []
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         for number in clips:
@@ -132,8 +132,8 @@ def _fit(head: nn.Linear, content: Tensor, frames: Frames, seed: int) -> None:
 
 def finish(run: Training, removed: int = REMOVED) -> Path:
     """The encoder of a finished training, its averaged weights, as the box has it: OUT/mini.safetensors, in float16."""
-    made = [number for number, clip in enumerate(run.data.clips) if clip.timed]
-    recorded = [number for number, clip in enumerate(run.data.clips) if not clip.timed]
+    made = [number for number, clip in enumerate(run.data.clips) if clip.engine != "real"]
+    recorded = [number for number, clip in enumerate(run.data.clips) if clip.engine == "real"]
     chosen = [*made[:: max(1, len(made) // CLIPS)], *recorded]
     network = run.mean.eval()
     found = erased(network, frames_of(network, run.data, chosen), removed, run.seed)

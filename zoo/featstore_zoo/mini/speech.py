@@ -30,6 +30,7 @@ from .voices import (
     espeak,
     festival,
     flite,
+    heard,
     transcribed,
 )
 
@@ -100,25 +101,30 @@ def readers(audio: Path, held_out: Sequence[str] = HELD_OUT) -> list[str]:
     return sorted({row["speaker"] for row in manifest(audio)} - set(held_out))
 
 
-def recordings(audio: Path, reader: str) -> Iterator[tuple[Array, list[int]]]:
-    """(waveform at 16 kHz, phones of its transcript, or none) of a reader's clean recordings, in pieces."""
+def recordings(audio: Path, reader: str) -> Iterator[Speech]:
+    """A reader's recordings at 16 kHz, in pieces; with phones and times where English is understood.
+
+    A transcript that cannot be placed in time has its phones without times (`ends` of none); else there are no phones.
+    """
     import soundfile as sf
     import soxr
 
+    piece = int(PIECE_S * SAMPLE_RATE)
+    none = np.zeros(0, np.int64)
     for row in manifest(audio):
         if row["speaker"] != reader:
             continue
         wave, rate = sf.read(audio / row["path"], dtype="float32", always_2d=True)
-        wave = soxr.resample(wave.mean(1), rate, SAMPLE_RATE)
-        text = row["text"].strip() if row.get("language") == "en" else ""
-        phones = transcribed(text) if text else []
-        piece = int(PIECE_S * SAMPLE_RATE)
-        if phones and len(wave) <= 2 * piece:
-            yield wave, phones
+        wave = soxr.resample(wave.mean(1), rate, SAMPLE_RATE).astype(np.float32)
+        english, text = row.get("language") == "en", row["text"].strip()
+        if english and text and len(wave) <= 2 * piece:
+            yield heard(wave, text) or Speech(wave, np.array(transcribed(text), np.int64), none)
             continue
         for begin in range(0, len(wave), piece):
-            if len(wave) - begin >= SAMPLE_RATE // 2:
-                yield wave[begin : begin + piece], []
+            part = wave[begin : begin + piece]
+            if len(part) >= SAMPLE_RATE // 2:
+                understood = heard(part) if english and row.get("kind") == "speech" else None
+                yield understood or Speech(part, none, none)
 
 
 def manifest(audio: Path) -> list[dict[str, str]]:
@@ -216,10 +222,10 @@ def _at_frames(melody: Array, frames: int) -> Array:
 def _read_reader(audio: Path, reader: str) -> Iterator[Made]:
     import pyworld
 
-    for wave, phones in recordings(audio, reader):
-        f0, times = pyworld.dio(wave.astype(np.float64), SAMPLE_RATE, frame_period=FRAME_MS)
-        f0 = pyworld.stonemask(wave.astype(np.float64), f0, times, SAMPLE_RATE)
-        numbers = np.array(phones or [NUMBER[SILENCE]], np.int64)
-        clip = Clip(-1, reader, "real", "", sung=False, timed=False)
-        yield Made(clip, Speech(wave.astype(np.float32), numbers if phones else numbers[:0],
-                                np.full(len(phones), len(wave), np.int64)), _at_frames(f0, len(wave) // 320))
+    for speech in recordings(audio, reader):
+        wave = speech.wave.astype(np.float64)
+        f0, times = pyworld.dio(wave, SAMPLE_RATE, frame_period=FRAME_MS)
+        f0 = pyworld.stonemask(wave, f0, times, SAMPLE_RATE)
+        clip = Clip(-1, reader, "real", "", sung=False, timed=len(speech.ends) > 0)
+        ends = speech.ends if clip.timed else np.full(len(speech.phones), len(wave), np.int64)
+        yield Made(clip, Speech(speech.wave, speech.phones, ends), _at_frames(f0, len(wave) // 320))

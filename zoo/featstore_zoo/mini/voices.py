@@ -1,6 +1,7 @@
-"""Speech with known phones and times from synthesisers that every Debian has: espeak-ng, flite and festival.
+"""Speech with known phones and times: from synthesisers that every Debian has, and recordings that a recogniser heard.
 
-Each gives a waveform at 16 kHz and its phones; the texts and what is spoken are new, and free to use.
+espeak-ng, flite and festival give a waveform at 16 kHz and its phones; the texts and what is spoken are new, and free
+to use. PocketSphinx, whose English model comes with it, finds words and times in recordings of readers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from .phones import NUMBER, SILENCE, VOWEL_NUMBERS, of_arpabet, of_ipa
 
 Array = np.ndarray
 SAMPLE_RATE = 16000
+QUIET = 1e-3  # a recording without any sample beyond it is silence
 FLITE = ("kal16", "awb", "rms", "slt")
 FESTIVAL = ("ked_diphone", "cmu_us_slt_arctic_hts")
 ESPEAK_ENGLISH = ("gmw/en-US", "gmw/en-US", "gmw/en-US", "gmw/en", "gmw/en", "gmw/en-GB-x-rp", "gmw/en-GB-scotland",
@@ -122,6 +125,62 @@ def transcribed(text: str, voice: str = "gmw/en-US") -> list[int]:
     """The phones of a text without its silences, by espeak-ng's rules of spelling."""
     said = espeak().say(voice, text.lower())  # what stands in capitals would be spelled
     return [int(number) for number in said.phones if number != NUMBER[SILENCE]]
+
+
+@lru_cache(maxsize=1)
+def _recogniser() -> Any:
+    from pocketsphinx import Decoder
+
+    return Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
+
+
+def heard(wave: Array, text: str = "") -> Speech | None:
+    """English speech (N,) at 16 kHz with phones and times, by PocketSphinx; None where it understands nothing.
+
+    text: what is said; without it the recogniser's own best guess counts, in which about every fourth word is wrong,
+    but most of a wrong word's sounds are right. Phones are those of `transcribed` wherever both agree on their number.
+    """
+    decoder = _recogniser()
+    peak = float(np.abs(wave).max())
+    if peak < QUIET:
+        return None
+    samples = (wave * (0.5 / peak) * 32767).astype(np.int16).tobytes()
+
+    def listen() -> None:
+        decoder.start_utt()
+        decoder.process_raw(samples, full_utt=True)
+        decoder.end_utt()
+
+    words = "".join(letter if letter.isalpha() or letter == "'" else " " for letter in text.lower()).split()
+    if not words:
+        decoder.activate_search()
+        listen()
+        words = decoder.hyp().hypstr.split() if decoder.hyp() else []
+    if not words or any(decoder.lookup_word(word) is None for word in words):
+        return None
+    try:
+        decoder.set_align_text(" ".join(words))
+        listen()
+        decoder.set_alignment()
+        listen()
+        segments = [segment for word in decoder.get_alignment() or () for segment in word]
+    except RuntimeError:  # no path through the recording says these words
+        return None
+    names = [segment.name.lower() for segment in segments]
+    phones = [of_arpabet("pau" if name in ("sil", "+spn+", "+nsn+") else name) for name in names]
+    ends = np.array([(segment.start + segment.duration) * SAMPLE_RATE // 100 for segment in segments])
+    return _tidy(wave, _agreed(phones, transcribed(" ".join(words))), ends) if segments else None
+
+
+def _agreed(phones: list[int], rules: list[int]) -> list[int]:
+    """`phones` with those of `rules` in place of as many others at the same place: a dictionary writes ə and ʌ alike."""
+    places = [place for place, phone in enumerate(phones) if phone != NUMBER[SILENCE]]
+    own, found = [phones[place] for place in places], list(phones)
+    for kind, first, last, begin, end in SequenceMatcher(None, own, rules, autojunk=False).get_opcodes():
+        if kind == "replace" and last - first == end - begin:
+            for place, phone in zip(places[first:last], rules[begin:end], strict=True):
+                found[place] = phone
+    return found
 
 
 def flite(voice: str, text: str, stretch: float = 1.0) -> Speech:
