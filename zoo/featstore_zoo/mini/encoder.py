@@ -118,7 +118,7 @@ class Data:
 @dataclass(frozen=True)
 class Batch:
     """bands (B, 2F, MELS); labels, f0 (B, F); voice (B,), -1 unknown; twin (P, F): frame of row P + p that row p's
-    frame corresponds to, -1 none; lines: (row, phones) for CTC. Rows: P, their P twins, recordings, those with phones."""
+    frame corresponds to, -1 none; lines: (row, phones) for CTC. Rows: P, their twins, recordings, those with phones."""
 
     bands: Tensor
     labels: Tensor

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from . import texts
-from .phones import NUMBER, SILENCE
 from .sung import FRAME_MS, sing
 from .voices import (
     ESPEAK_ENGLISH,

@@ -173,7 +173,7 @@ def heard(wave: Array, text: str = "") -> Speech | None:
 
 
 def _agreed(phones: list[int], rules: list[int]) -> list[int]:
-    """`phones` with those of `rules` in place of as many others at the same place: a dictionary writes ə and ʌ alike."""
+    """`phones` with those of `rules` in place of as many others at the same place: dictionaries write ə and ʌ alike."""
     places = [place for place, phone in enumerate(phones) if phone != NUMBER[SILENCE]]
     own, found = [phones[place] for place in places], list(phones)
     for kind, first, last, begin, end in SequenceMatcher(None, own, rules, autojunk=False).get_opcodes():
