@@ -1,15 +1,16 @@
 """What the content encoder knows, on readers it has never heard: phones beside log-mel, and of voice little.
 
 Phones are those that espeak-ng's rules give for the transcripts. A probe learns from all held-out readers but one and
-is asked that one, by CTC, each in turn. The log-mel's probes are as large as the encoder's or larger: they get
-neighbouring frames beside their own, so that it is not for want of context or of parameters that they err more.
+is asked that one, by CTC, each in turn. A phone lasts several frames, so that both features are also read as means of
+a few frames; log-mel besides with its neighbours, which makes its probes larger than the encoder's: it is not for want
+of context or of parameters that they err more.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ Array = np.ndarray
 BRITISH = ("vctk_", "librivox_austen")  # readers by the rules of British English; the others by American ones
 LONGEST_S = 20.0
 DRAWS = 2000
-CONTEXTS = {"mini": (0, 1), "log-mel": (0, 1, 4)}  # frames on either side that a probe sees
+MEANS = (1, 3, 5)                      # frames whose mean a probe reads
+BESIDE = {"log-mel": (1, 4)}           # frames on either side that a probe reads beside its own
 
 
 @dataclass(frozen=True)
@@ -75,34 +77,46 @@ def prepared(audio: Path, out: Path, weights: Path | None) -> tuple[fs.Store, li
 
 def phone_errors(store: fs.Store, sentences: Sequence[Sentence], brief: bool = False, seed: int = 0,
                  told: Callable[[str], None] = print) -> list[Errors]:
-    """Of every feature, context and probe; brief: of the encoder's content by the linear one alone."""
+    """Of every feature, reading of its frames, and probe; brief: of the encoder's content by one of them."""
     view = store.view(["log-mel", "mini"], like="mini")
     frames = {s.key: view[s.key] for s in sentences}
-    readers = sorted({s.reader for s in sentences})
     found = []
-    for feature, contexts in {"mini": (0,)}.items() if brief else CONTEXTS.items():
-        for context in contexts:
-            rows = [_beside(np.asarray(frames[s.key][feature], np.float32), context) for s in sentences]
-            for kind in learners.PROBES[:1] if brief else learners.PROBES:
-                wrong = np.zeros(len(sentences))
-                for reader in readers:
-                    asked = [i for i, s in enumerate(sentences) if s.reader == reader]
-                    learnt = [i for i, s in enumerate(sentences) if s.reader != reader]
-                    texts = learners.transcribe(kind, [rows[i] for i in learnt], [sentences[i].phones for i in learnt],
-                                                [rows[i] for i in asked], seed)
-                    for i, text in zip(asked, texts, strict=True):
-                        wrong[i] = learners.edits(text, sentences[i].phones)
-                name = f"{feature}{f' +-{context}' if context else ''}, {kind}"
-                found.append(Errors(name, _size(kind, rows[0].shape[1]), wrong, _counts(sentences)))
-                told(f"{name}: {found[-1].rate():.1%} of the phones are wrong ({found[-1].parameters:,} parameters)")
+    for feature in ("mini",) if brief else ("mini", "log-mel"):
+        whole = [np.asarray(frames[s.key][feature], np.float32) for s in sentences]
+        for name, rows in _readings(feature, whole, brief):
+            for kind in learners.PROBES[1:] if brief else learners.PROBES:
+                wrong = _left_out(kind, rows, sentences, seed)
+                found.append(Errors(f"{name}, {kind}", _size(kind, rows[0].shape[1]), wrong, _counts(sentences)))
+                told(f"{found[-1].name}: {found[-1].rate():.1%} of the phones are wrong "
+                     f"({found[-1].parameters:,} parameters)")
     return found
 
 
+def _readings(feature: str, whole: Sequence[Array], brief: bool) -> Iterator[tuple[str, list[Array]]]:
+    for count in MEANS[1:2] if brief else MEANS:
+        yield f"{feature}{f' over {count}' if count > 1 else ''}", [_mean(rows, count) for rows in whole]
+    for context in () if brief else BESIDE.get(feature, ()):
+        yield f"{feature} +-{context}", [_beside(rows, context) for rows in whole]
+
+
+def _left_out(kind: learners.Probe, rows: Sequence[Array], sentences: Sequence[Sentence], seed: int) -> Array:
+    """Phone errors (U,), each reader's by a probe that learnt from the others."""
+    wrong = np.zeros(len(sentences))
+    for reader in sorted({s.reader for s in sentences}):
+        asked = [i for i, s in enumerate(sentences) if s.reader == reader]
+        learnt = [i for i, s in enumerate(sentences) if s.reader != reader]
+        texts = learners.transcribe(kind, [rows[i] for i in learnt], [sentences[i].phones for i in learnt],
+                                    [rows[i] for i in asked], seed)
+        for i, text in zip(asked, texts, strict=True):
+            wrong[i] = learners.edits(text, sentences[i].phones)
+    return wrong
+
+
 def own_errors(store: fs.Store, sentences: Sequence[Sentence]) -> Errors:
-    """Of the encoder's own phones, the best of each frame, silences and repetitions left out."""
+    """Of the encoder's own phones, the best over five frames, silences and repetitions left out; no probe learns."""
     wrong = []
     for sentence in sentences:
-        path = np.asarray(store[sentence.key, "phones"][:]).argmax(1)
+        path = _mean(np.asarray(store[sentence.key, "phones"][:]), MEANS[-1]).argmax(1)
         text = "".join(_letter(n) for n in path[np.flatnonzero(np.diff(path, prepend=-1))] if n != NUMBER[SILENCE])
         wrong.append(learners.edits(text, sentence.phones))
     return Errors("mini's own phones", 0, np.array(wrong, float), _counts(sentences))
@@ -153,7 +167,7 @@ def report(audio: Path, out: Path, weights: Path | None = None, brief: bool = Fa
 
 def _lower(errors: Sequence[Errors], told: Callable[[str], None]) -> dict[str, Any]:
     """By how much the encoder's best probe errs less than the best of log-mel's."""
-    best = min((e for e in errors if e.name.startswith("mini,")), key=lambda e: e.rate())
+    best = min((e for e in errors if e.name.startswith("mini") and e.parameters), key=lambda e: e.rate())
     rival = min((e for e in errors if e.name.startswith("log-mel")), key=lambda e: e.rate())
     by = 1 - best.rate() / rival.rate()
     low, high = interval(lambda chosen: 1 - best.rate(chosen) / rival.rate(chosen), len(best.wrong))
@@ -173,6 +187,12 @@ def _beside(rows: Array, context: int) -> Array:
     """(T, D) -> (T, (2 context + 1) D): each frame with its neighbours."""
     padded = np.pad(rows, ((context, context), (0, 0)), mode="edge")
     return np.concatenate([padded[i : i + len(rows)] for i in range(2 * context + 1)], axis=1)
+
+
+def _mean(rows: Array, count: int) -> Array:
+    """(T, D) -> (T, D): of `count` frames around each."""
+    padded = np.pad(rows, ((count // 2, count // 2), (0, 0)), mode="edge")
+    return np.mean([padded[i : i + len(rows)] for i in range(count)], axis=0, dtype=np.float32)
 
 
 def _size(kind: str, dim: int) -> int:
