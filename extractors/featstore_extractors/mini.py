@@ -1,6 +1,6 @@
 """The content encoder in the box: small, its weights beside this file, so that nothing is downloaded.
 
-It knows phones from synthesisers and little else; docs/mini.md says how it was made and how far it may be trusted.
+It knows phones from synthesisers and little else; docs/mini/encoder.md says how it was made and how far to trust it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HOP_LENGTH = 320  # that of convnext.py, which needs torch
 
 @dataclass(frozen=True)
 class Mini(Encoder):
-    """Content of speech and singing: waveform (N,) -> (N // 320, 192), 50 frames a second.
+    """Content of speech and singing: waveform (N,) -> (N // 320, D), 50 frames a second; D = 128 in the box.
 
     phones: the phones' probabilities (N // 320, P) in place of the content; they are a softmax of a linear map of it.
     Presets: phones. There is one layer. Another encoder of this kind is given by `weights`: a safetensors file that

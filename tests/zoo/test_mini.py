@@ -128,6 +128,12 @@ def test_a_recogniser_hears_what_a_voice_says_and_when() -> None:
     assert voices.heard(said.wave, "xyzzyqq") is None
 
 
+def test_a_reading_over_frames_is_their_mean_with_the_edges_repeated() -> None:
+    rows = np.array([[0.0], [3.0], [6.0], [0.0]], np.float32)
+    assert measure._mean(rows, 1).tolist() == rows.tolist()
+    assert measure._mean(rows, 3).ravel().tolist() == [1.0, 3.0, 3.0, 2.0]
+
+
 # Training.
 
 

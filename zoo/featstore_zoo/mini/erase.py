@@ -25,7 +25,7 @@ from .phones import NUMBER, PHONES, SILENCE
 Array = np.ndarray
 CLIPS = 1600          # synthetic clips that are looked at; of recordings all
 FEWEST = 20           # frames of a phone by a voice whose mean counts
-REMOVED = 128         # directions
+REMOVED = 64          # directions; of 256, more cost phones and hide hardly more of the voice
 FIT_STEPS, FIT_BATCH = 1500, 4096
 RIDGE = 1e-3
 

@@ -21,6 +21,8 @@ import numpy as np
 import soundfile as sf
 import soxr
 
+from featstore_extractors.imports import required
+
 from .phones import NUMBER, SILENCE, VOWEL_NUMBERS, of_arpabet, of_ipa
 
 Array = np.ndarray
@@ -129,9 +131,7 @@ def transcribed(text: str, voice: str = "gmw/en-US") -> list[int]:
 
 @lru_cache(maxsize=1)
 def _recogniser() -> Any:
-    from pocketsphinx import Decoder
-
-    return Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
+    return required("pocketsphinx", "evaluate").Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
 
 
 def heard(wave: Array, text: str = "") -> Speech | None:
