@@ -192,7 +192,7 @@ def _beside(rows: Array, context: int) -> Array:
 def _mean(rows: Array, count: int) -> Array:
     """(T, D) -> (T, D): of `count` frames around each."""
     padded = np.pad(rows, ((count // 2, count // 2), (0, 0)), mode="edge")
-    return np.mean([padded[i : i + len(rows)] for i in range(count)], axis=0, dtype=np.float32)
+    return np.asarray(np.mean([padded[i : i + len(rows)] for i in range(count)], axis=0, dtype=np.float32))
 
 
 def _size(kind: str, dim: int) -> int:
